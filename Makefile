@@ -1,0 +1,49 @@
+# One verb each. `make demo` draws a picture on a fresh clone; `make test` runs every test.
+PYTHON ?= python3
+PROMPT ?= a red apple on a blue background
+TORCH_BACKEND ?= auto
+export PYTHONDONTWRITEBYTECODE =
+export UV_PYTHON_DOWNLOADS = never
+
+# torch comes from a local wheel folder where pip is told of one, else from uv's choice for this machine (CPU, CUDA, ROCm).
+WHEELS := $(shell $(PYTHON) -m pip config get global.find-links 2>/dev/null || $(PYTHON) -m pip config get :env:.find-links 2>/dev/null)
+ifneq ($(WHEELS),)
+TORCH_FROM := $(addprefix --find-links ,$(WHEELS))
+else
+TORCH_FROM := --torch-backend=$(TORCH_BACKEND)
+endif
+UV := .venv/bin/uv pip install -q --python .venv/bin/python
+
+setup: .venv/.done
+
+.venv/.done: pyproject.toml torch.txt requirements.lock
+	@echo "setting up .venv (once; about a minute)"
+	@$(PYTHON) -m venv .venv
+	@.venv/bin/python -m pip install -qq uv==0.13.9
+	@$(UV) $(TORCH_FROM) -r torch.txt || $(UV) -r torch.txt
+	@$(UV) --no-deps --require-hashes -r requirements.lock
+	@$(UV) --no-deps -e .
+	@touch $@
+
+demo: setup
+	@.venv/bin/darkroom generate "$(PROMPT)" -o apple.png --fresh
+
+up: setup
+	@exec .venv/bin/darkroom up
+
+test: setup
+	@.venv/bin/pytest
+
+check: setup
+	@.venv/bin/ruff format --check .
+	@.venv/bin/ruff check .
+	@.venv/bin/basedpyright
+
+bench: setup
+	@.venv/bin/python -m tests.bench
+
+lock:
+	@.venv/bin/uv pip compile -q --python-version 3.11 $(TORCH_FROM) --generate-hashes --no-emit-package torch --no-emit-package triton \
+		--no-header -c torch.txt --extra worker --extra embedded --group test -o requirements.lock pyproject.toml
+
+.PHONY: setup demo up test check bench lock

@@ -1,0 +1,62 @@
+"""Progress over a Redis Stream, one a generation: whoever listens later, or again, misses nothing."""
+
+import json
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import redis.asyncio
+from redis import Redis
+from redis.client import Pipeline
+
+ENDED = frozenset({"succeeded", "failed", "canceled", "expired"})
+LONGEST = 1000  # entries a stream keeps; a hundred steps with previews fit many times
+FORGOTTEN_AFTER = timedelta(days=1)  # streams of generations that never ended; the others live as long as their results
+PATIENCE = 10.0  # seconds of silence after which a listener looks whether there is anything left to wait for
+
+
+class Event(NamedTuple):
+    id: str
+    name: str
+    data: dict[str, Any]
+
+
+def stream(generation: str) -> str:
+    return f"darkroom:events:{generation}"
+
+
+def record(pipe: Pipeline, generation: str, name: str, data: dict[str, Any] | None = None, ttl: timedelta = FORGOTTEN_AFTER):
+    """Append an event; the caller executes the pipeline."""
+    key = stream(generation)
+    pipe.xadd(key, {"event": name, "data": json.dumps(data or {})}, maxlen=LONGEST, approximate=True)
+    pipe.expire(key, ttl)
+
+
+def latest(pipe: Pipeline, generation: str) -> None:
+    """Ask for the newest event; `parse` the answer."""
+    pipe.xrevrange(stream(generation), count=1)
+
+
+def parse(entries: list[Any]) -> list[Event]:
+    return [Event(text(id), text(fields[b"event"]), json.loads(fields[b"data"])) for id, fields in entries]
+
+
+def text(value: bytes | str) -> str:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+async def follow(connection: "redis.asyncio.Redis", generation: str, after: str = "0-0") -> AsyncIterator[Event | None]:
+    """Every event after `after` as it comes, to the one that ends it. None after each `PATIENCE` of silence."""
+    while True:
+        answer = await connection.xread({stream(generation): after}, block=int(PATIENCE * 1000))
+        if not answer:
+            yield None
+            continue
+        entries = answer[0][1] if isinstance(answer, list) else next(iter(answer.values()))[0]
+        for event in parse(entries):
+            after = event.id
+            yield event
+            if event.name in ENDED:
+                return
+
+

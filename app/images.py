@@ -1,0 +1,229 @@
+"""Pictures as clients send them, as the store keeps them and as clients get them. Pillow only: the API has no torch."""
+
+import base64
+import io
+import json
+import struct
+from importlib.metadata import version
+from typing import Any
+
+from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+
+from app.errors import InvalidRequest
+from app.schemas import OutputFormat, Parameters
+
+MEDIA_TYPES: dict[str, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp", "avif": "image/avif"}
+
+ACCEPTED = (
+    "PNG",
+    "JPEG",
+    "WEBP",
+    "AVIF",
+    "GIF",
+    "BMP",
+)  # each has a decoder that is fuzzed; EPS or TIFF are not worth it
+
+# What Pillow's decoders raise on a broken file, found by feeding them 300,000.
+BROKEN = (OSError, SyntaxError, ValueError, IndexError, RuntimeError, struct.error)
+
+# A JPEG has about ten scans at most. One that repeats a 33-byte scan costs 10 ms for each at 16 megapixels: hours in
+# 25 MiB. Random bytes of that length (the video after a phone's motion photo) look like 300.
+MAX_JPEG_SCANS = 500
+
+ROUNDED_TO_EIGHT_BITS = [(value + 128) // 257 for value in range(65_536)]  # 65535 = 255 · 257
+
+# Milliseconds and KiB at zlib levels 1, 3 and 6, one core: emoji at 128² 0.6/11.8, 0.8/11.0, 1.8/9.8 and at 512² 6.6/82,
+# 8.3/75, 16/64; a picture with grain at 512² 22/425, 35/413, 108/360. A worker's time is dearer than a tenth of the bytes.
+PNG_LEVEL = 1
+
+LOSSY: dict[str, dict[str, Any]] = {
+    "jpeg": {
+        "quality": 95,
+        "subsampling": "4:4:4",
+    },  # Pillow's docs: no gain above 95; 4:2:0 smears edges of flat colour
+    "webp": {"quality": 90},  # a seventh of that JPEG's bytes; artefacts are invisible without magnifying
+    "avif": {"quality": 80, "speed": 8},  # speed 6, the default, is 10 % smaller and takes three times as long
+}
+
+EXIF_DIRECTORY, USER_COMMENT = 0x8769, 0x9286  # tags
+LONG, UNDEFINED = 4, 7  # types
+MAX_JPEG_EXIF = 65_533  # bytes: a segment's length is 16 bits and counts itself
+
+UPRIGHT = {  # what undoes each EXIF orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+SAMPLERS = {  # as the AUTOMATIC1111 web UI spells them, so that it recognises them
+    "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "ddim": "DDIM",
+    "euler": "Euler",
+    "euler_a": "Euler a",
+    "heun": "Heun",
+    "deis": "DEIS",
+    "ddpm": "DDPM",
+    "unipc": "UniPC",
+    "pndm": "PLMS",
+    "lms": "LMS",
+    "flow_match": "Flow match",
+}
+
+
+def read_image(field: str, text: str, max_pixels: int) -> Image.Image:
+    """The picture in base64 or a `data:` URL: 8-bit RGB, upright, on white where it was transparent, without metadata.
+
+    Raises:
+        InvalidRequest: `text` is not base64, or holds no picture, half of one, several, or more than `max_pixels`.
+    """
+    return _flattened(_decoded(field, text, max_pixels), "white")
+
+
+def read_mask(field: str, text: str, image: Image.Image, max_pixels: int) -> Image.Image:
+    """The mask for `image`: 8-bit grey, upright, black where it was transparent.
+
+    Raises:
+        InvalidRequest: as `read_image`, or the mask has not the size of `image`.
+    """
+    mask = _flattened(_decoded(field, text, max_pixels), "black").convert("L")
+    if mask.size != image.size:
+        raise InvalidRequest([(field, f"is {_size(mask)}, the image {_size(image)}")])
+    return mask
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """The picture as a PNG, for the store: lossless, and fast rather than small."""
+    out = io.BytesIO()
+    image.save(out, "PNG", compress_level=PNG_LEVEL)
+    return out.getvalue()
+
+
+def encode(picture: Image.Image | Image.SupportsArrayInterface, output_format: OutputFormat, text: str) -> bytes:
+    """The file that a client gets of an RGB image or a uint8 array [height, width, 3].
+
+    `text`, from `parameters_text`, lies where the AUTOMATIC1111 web UI looks for it: in a PNG's `parameters` chunk, in
+    the others' EXIF.
+    """
+    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    out = io.BytesIO()
+    if output_format == "png":
+        chunks = PngInfo()
+        chunks.add_text("parameters", text)  # tEXt if Latin-1 can hold it, else iTXt
+        image.save(out, "PNG", compress_level=PNG_LEVEL, pnginfo=chunks)
+    else:
+        exif = _user_comment(text)
+        if output_format == "jpeg" and len(exif) > MAX_JPEG_EXIF:
+            exif = b""  # only two prompts full of emoji are that long; half a prompt would describe another picture
+        image.save(out, output_format, exif=exif, **LOSSY[output_format])
+    return out.getvalue()
+
+
+def parameters_text(parameters: Parameters, seed: int) -> str:
+    """How the picture with this seed was made, in the "infotext" of the AUTOMATIC1111 web UI, which reads it back."""
+    facts = {
+        "Steps": parameters.num_inference_steps,
+        "Sampler": SAMPLERS.get(parameters.scheduler, parameters.scheduler),
+        "CFG scale": parameters.guidance_scale,
+        "Seed": seed,
+        "Size": f"{parameters.width}x{parameters.height}",
+        "Model": parameters.model,
+        "Denoising strength": parameters.strength,
+        "Version": f"Darkroom {version('darkroom')}",
+    }
+    lines = [parameters.prompt]
+    if parameters.negative_prompt:
+        lines.append(f"Negative prompt: {parameters.negative_prompt}")
+    lines.append(", ".join(f"{name}: {_quoted(str(fact))}" for name, fact in facts.items() if fact is not None))
+    return "\n".join(lines)
+
+
+def _decoded(field: str, text: str, max_pixels: int) -> Image.Image:
+    """The picture as its file has it, upright and with at most eight bits a channel."""
+    data = _unpacked(field, text)
+    try:
+        picture = Image.open(io.BytesIO(data), formats=ACCEPTED)  # reads the header only
+        _refuse_what_is_too_much(field, picture, data, max_pixels)
+        picture.load()
+        return _eight_bits(_upright(picture))
+    except UnidentifiedImageError:
+        raise InvalidRequest([(field, "is no picture: PNG, JPEG, WebP, AVIF, GIF or BMP is needed")]) from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):  # from far beyond any sensible `max_pixels`
+        raise InvalidRequest([(field, f"has more than {max_pixels} pixels")]) from None
+    except BROKEN as error:
+        raise InvalidRequest([(field, f"is a broken picture: {error}")]) from None
+
+
+def _unpacked(field: str, text: str) -> bytes:
+    text = "".join(text.split())  # mail and `base64` break lines
+    if text[:5].lower() == "data:":
+        head, _, text = text.partition(",")
+        if not (head.lower().startswith("data:image/") and head.lower().endswith(";base64")):
+            raise InvalidRequest([(field, "is a data: URL, but not data:image/…;base64,…")])
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise InvalidRequest([(field, f"is neither base64 nor a data: URL: {error}")]) from None
+
+
+def _refuse_what_is_too_much(field: str, picture: Image.Image, data: bytes, max_pixels: int) -> None:
+    if picture.width * picture.height > max_pixels:
+        raise InvalidRequest([(field, f"is {_size(picture)}, which is more than {max_pixels} pixels")])
+    frames = getattr(picture, "n_frames", 1)
+    if frames > 1 and picture.format != "MPO":  # a camera's JPEG, whose other frames are its own previews
+        raise InvalidRequest([(field, f"is an animation of {frames} frames; send one picture")])
+    if picture.format in ("JPEG", "MPO") and (scans := data.count(b"\xff\xda")) > MAX_JPEG_SCANS:
+        raise InvalidRequest([(field, f"is a JPEG of {scans} scans, which is more than {MAX_JPEG_SCANS}")])
+
+
+def _upright(picture: Image.Image) -> Image.Image:
+    """As the camera was held. `ImageOps.exif_transpose` would fail on the EXIF of some, because it writes it anew."""
+    orientation = picture.getexif().get(ExifTags.Base.Orientation)
+    return picture.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else picture
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """16-bit grey rounded to 8 bits: Pillow's own conversion clips at 255. (Of 16-bit colour it takes the high byte.)"""
+    if not picture.mode.startswith("I"):
+        return picture
+    wide = picture.convert("I")
+    grey = wide.point(ROUNDED_TO_EIGHT_BITS, "L")
+    see_through = grey.info.pop("transparency", None)
+    if see_through is not None:
+        grey.putalpha(wide.point([0 if value == see_through else 255 for value in range(65_536)], "L"))
+    return grey
+
+
+def _flattened(picture: Image.Image, backdrop: str) -> Image.Image:
+    """RGB. Metadata goes: a sender's place and camera are not ours to keep."""
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, backdrop), picture)
+    flat = picture.convert("RGB")
+    flat.info = {}
+    return flat
+
+
+def _user_comment(text: str) -> bytes:
+    """EXIF with the text as piexif, which those UIs use, writes and reads it: big-endian UTF-16, of type UNDEFINED.
+
+    By hand, because Pillow writes the type BYTE, which piexif reads as a tuple and chokes on.
+    """
+    comment = b"UNICODE\0" + text.encode("utf-16-be")
+    first_directory = struct.pack(">HHHIII", 1, EXIF_DIRECTORY, LONG, 1, 26, 0)  # offsets count from "MM"
+    exif_directory = struct.pack(">HHHIII", 1, USER_COMMENT, UNDEFINED, len(comment), 44, 0)
+    return b"Exif\0\0MM" + struct.pack(">HI", 42, 8) + first_directory + exif_directory + comment
+
+
+def _quoted(text: str) -> str:
+    """As JSON if the web UI would read a comma, colon or new line as the end of the value."""
+    return json.dumps(text, ensure_ascii=False) if set(text) & set(",:\n") else text
+
+
+def _size(picture: Image.Image) -> str:
+    return f"{picture.width}×{picture.height}"

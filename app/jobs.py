@@ -1,0 +1,486 @@
+"""The API's side of RQ: submit, fetch, list, cancel.
+
+A generation is an RQ job of the same id. Its request is the job's arguments, what came of it is the job's `meta`, and
+both live exactly as long as the job does. The function that RQ names is never imported: workers know what to do.
+"""
+
+import hashlib
+import json
+import secrets
+import time
+import zlib
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any, NamedTuple, get_args
+
+import structlog
+from redis import Redis
+from redis.client import Pipeline
+from rq.executions import Execution, ExecutionRegistry
+from rq.job import Job, JobStatus, Retry
+from rq.queue import Queue
+from rq.registry import StartedJobRegistry
+from rq.serializers import JSONSerializer
+from rq.utils import utcformat, utcparse
+
+from app import events, metrics
+from app.errors import IdempotencyConflict, InvalidRequest, NotCancelable, NotFound, QueueFull
+from app.images import png_bytes, read_image, read_mask
+from app.schemas import Failure, Generation, GenerationList, GenerationRequest, Image, Parameters, Priority, Progress, merged
+from app.settings import Settings
+from app.storage import BlobStore, input_key
+from models.catalog import Catalog, ModelCard
+
+log = structlog.get_logger()
+
+PRIORITIES: tuple[Priority, ...] = get_args(Priority)
+BELL = "darkroom:bell"  # rung when there is something to pick up or to drop, so that workers need not look
+IDEMPOTENCY_TTL = timedelta(days=1)
+LISTED_FOR = timedelta(days=7)  # the longest that a generation may wait, `expires_in`
+FIELDS = ("status", "data", "meta", "created_at", "started_at", "ended_at", "attempts")
+
+STATUS = {
+    JobStatus.CREATED: "queued",
+    JobStatus.QUEUED: "queued",
+    JobStatus.STARTED: "running",
+    JobStatus.FINISHED: "succeeded",
+    JobStatus.FAILED: "failed",
+    JobStatus.STOPPED: "failed",
+    JobStatus.CANCELED: "canceled",
+}
+
+
+def new_id(at: float | None = None) -> str:
+    """32 hex digits, of which the first 12 are the time in milliseconds: ids sort by age."""
+    return f"{int((at or time.time()) * 1000):012x}{secrets.token_hex(10)}"
+
+
+def age_of(id: str) -> float:
+    """Seconds since the epoch at which an id was made."""
+    return int(id[:12], 16) / 1000
+
+
+def is_id(text: str) -> bool:
+    return len(text) == 32 and not set(text) - set("0123456789abcdef")
+
+
+def queue_name(model: str, priority: Priority) -> str:
+    return f"{model}.{priority}"
+
+
+def pace_key(model: str) -> str:
+    """A hash: worker's name to its `Pace` for this model."""
+    return f"darkroom:pace:{model}"
+
+
+class Pace(NamedTuple):
+    """How fast a worker draws, as it measured: what ETAs are made of."""
+
+    until: float  # seconds since the epoch; a worker that says nothing more is not counted on
+    rows_per_second: float  # through the denoiser, at its batch width
+    rows_per_job: float  # rows × steps, of the jobs it saw lately
+
+
+class Record(NamedTuple):
+    """What Redis says of a generation."""
+
+    status: str
+    parameters: Parameters
+    owner: str
+    meta: dict[str, Any]
+    created_at: datetime
+    started_at: datetime | None
+    ended_at: datetime | None
+    attempts: int
+    last: events.Event | None
+
+    @property
+    def expires_at(self) -> datetime | None:
+        seconds = self.parameters.expires_in
+        return None if seconds is None else self.created_at + timedelta(seconds=seconds)
+
+
+class Jobs:
+    def __init__(self, connection: "Redis", blobs: BlobStore, catalog: Catalog, settings: Settings):
+        self.connection, self.blobs, self.catalog, self.settings = connection, blobs, catalog, settings
+
+    # -- in
+
+    def submit(self, request: GenerationRequest, owner: str, idempotency_key: str | None = None) -> tuple[Generation, bool]:
+        """Queue a generation; returns it, and whether this is the replay of an earlier answer.
+
+        Raises:
+            InvalidRequest: the model cannot do it, or a picture is none.
+            IdempotencyConflict: the key came with another request before.
+            QueueFull: nothing was accepted; `Retry-After` says when to come back.
+        """
+        card = self._card(request)
+        token = Token.of(idempotency_key, owner, request) if idempotency_key else None
+        if token and (first := token.answered(self.connection)):
+            return self.fetch(first, owner), True
+        if problems := list(card.problems(request)):
+            raise InvalidRequest(problems)
+        id = new_id()
+        pictures = self._pictures(request)
+        parameters = complete(request, card, pictures)
+        self._refuse_if_full(card)
+        for field, png in pictures.items():
+            self.blobs.save(input_key(id, field), png)
+        if token and (first := self._enqueue(id, parameters, owner, token)):
+            return self.fetch(first, owner), True
+        if not token:
+            self._enqueue(id, parameters, owner)
+        log.info("queued", generation=id, model=card.name, task=parameters.task, owner=owner)
+        return self.fetch(id, owner), False
+
+    def _card(self, request: GenerationRequest) -> ModelCard:
+        if request.model is None:
+            return self.catalog.default
+        if request.model not in self.catalog:
+            raise InvalidRequest([("model", f"there is no {request.model!r}; there are {', '.join(self.catalog.names)}")])
+        return self.catalog[request.model]
+
+    def _pictures(self, request: GenerationRequest) -> dict[str, bytes]:
+        """The request's pictures, checked, upright, in eight bits, as PNG."""
+        if request.image is None:
+            return {}
+        image = read_image("image", request.image, self.settings.max_image_pixels)
+        if request.mask is None:
+            return {"image": png_bytes(image)}
+        mask = read_mask("mask", request.mask, image, self.settings.max_image_pixels)
+        return {"image": png_bytes(image), "mask": png_bytes(mask)}
+
+    def _refuse_if_full(self, card: ModelCard) -> None:
+        with self.connection.pipeline(transaction=False) as pipe:
+            for priority in PRIORITIES:
+                pipe.llen(Queue(queue_name(card.name, priority), connection=self.connection).key)
+            pipe.hvals(pace_key(card.name))
+            *lengths, paces = pipe.execute()
+        if sum(lengths) >= self.settings.max_queued:
+            metrics.REFUSED.labels(card.name).inc()
+            after = seconds_for(1, paces) or 10.0
+            raise QueueFull(f"{sum(lengths)} generations are waiting for {card.name}; nothing was accepted", after)
+
+    def _enqueue(self, id: str, parameters: Parameters, owner: str, token: "Token | None" = None) -> str | None:
+        """All of it or nothing. Returns the id of the generation that had this idempotency key first, if any."""
+        queue = Queue(queue_name(parameters.model, parameters.priority), connection=self.connection, serializer=JSONSerializer)
+        ttl = self.settings.result_ttl
+        job = Job.create(
+            "darkroom.generate",
+            kwargs={"parameters": parameters.model_dump(exclude_defaults=True), "owner": owner},
+            id=id,
+            connection=self.connection,
+            serializer=JSONSerializer,
+            description=parameters.model,
+            timeout=int(self.settings.job_timeout.total_seconds()),
+            result_ttl=int(ttl.total_seconds()),
+            failure_ttl=int(ttl.total_seconds()),
+        )
+        if self.settings.max_attempts > 1:
+            job.retries_left = Retry(max=self.settings.max_attempts - 1).max
+        queue.get_redis_server_version()  # asked once a connection, outside of the transaction
+
+        def write(pipe: Pipeline) -> str | None:
+            if token and (first := token.answered(pipe)):
+                return first
+            pipe.multi()
+            queue.enqueue_job(job, pipeline=pipe)
+            events.record(pipe, id, "queued")
+            pipe.zadd(index_key(owner), {id: 0})
+            pipe.zremrangebylex(index_key(owner), "-", f"({new_id(time.time() - LISTED_FOR.total_seconds())[:12]}")
+            if token:
+                pipe.set(token.key, json.dumps([id, token.fingerprint]), ex=IDEMPOTENCY_TTL)
+            pipe.publish(BELL, "queued")
+            return None
+
+        watched = [token.key] if token else []
+        return self.connection.transaction(write, *watched, value_from_callable=True)
+
+    # -- out
+
+    def fetch(self, id: str, owner: str) -> Generation:
+        """A generation as it stands: one round trip, two while it is queued.
+
+        Raises:
+            NotFound: there is none with this id, or it is somebody else's.
+        """
+        record = self.record(id, owner)
+        if overdue(record):
+            self.end(id, owner, "expired")
+            record = self.record(id, owner)
+        return self._show(id, record)
+
+    def record(self, id: str, owner: str) -> Record:
+        record = next(self._read([id])) if is_id(id) else None
+        if record is None or record.owner != owner:
+            raise NotFound(f"there is no generation {id[:64]!r}; results are kept for {self.settings.result_ttl}")
+        return record
+
+    def _read(self, ids: list[str]) -> Iterator[Record | None]:
+        with self.connection.pipeline(transaction=False) as pipe:
+            for id in ids:
+                pipe.hmget(Job.key_for(id), FIELDS)
+                events.latest(pipe, id)
+            answers = pipe.execute()
+        for fields, last in zip(answers[::2], answers[1::2], strict=True):
+            yield parse_record(fields, events.parse(last)) if fields[1] else None
+
+    def _show(self, id: str, record: Record) -> Generation:
+        position, eta = None, None
+        if record.status == "queued":
+            position, eta = self._outlook(id, record.parameters)
+        elif record.status == "running":
+            eta = remaining(record)
+        return Generation(
+            id=id,
+            status=record.status,
+            model=record.parameters.model,
+            created_at=record.created_at,
+            position=position,
+            eta=eta,
+            progress=progress(record),
+            images=[
+                Image(url=f"/v1/generations/{id}/images/{i}", **{k: image[k] for k in ("seed", "width", "height")})
+                for i, image in enumerate(record.meta.get("images", []))
+            ],
+            parameters=record.parameters,
+            error=failure(record),
+            attempts=record.attempts,
+            timings=timings(record),
+            warnings=record.meta.get("warnings", []),
+        )
+
+    def _outlook(self, id: str, parameters: Parameters) -> tuple[int | None, float | None]:
+        """How many are ahead in the queue, and in how many seconds it is likely done."""
+        ahead = PRIORITIES[: PRIORITIES.index(parameters.priority)]
+        own = Queue(queue_name(parameters.model, parameters.priority), connection=self.connection)
+        with self.connection.pipeline(transaction=False) as pipe:
+            pipe.lpos(own.key, id)
+            for priority in ahead:
+                pipe.llen(Queue(queue_name(parameters.model, priority), connection=self.connection).key)
+            pipe.hvals(pace_key(parameters.model))
+            place, *before, paces = pipe.execute()
+        if place is None:  # popped a moment ago
+            return 0, seconds_for(0, paces, row_steps(parameters))
+        position = place + sum(before)
+        return position, seconds_for(position, paces, row_steps(parameters))
+
+    def list(
+        self, owner: str, *, cursor: str | None = None, limit: int = 20, status: str | None = None, model: str | None = None
+    ) -> GenerationList:
+        """Newest first. Filters apply before the limit."""
+        if cursor is not None and not is_id(cursor):
+            raise InvalidRequest([("cursor", "not one of ours")])
+        found: list[Generation] = []
+        for id, record in self._newest(owner, cursor):
+            if model is not None and record.parameters.model != model:
+                continue
+            shown = self.fetch(id, owner) if overdue(record) else None
+            if status is not None and (shown.status if shown else record.status) != status:
+                continue
+            if len(found) == limit:
+                return GenerationList(data=found, next_cursor=found[-1].id)
+            found.append(shown or self._show(id, record))
+        return GenerationList(data=found)
+
+    def _newest(self, owner: str, before: str | None) -> Iterator[tuple[str, Record]]:
+        """What there is of this owner; forgets on the way what has gone."""
+        key, bound = index_key(owner), f"({before}" if before else "+"
+        while ids := self.connection.zrevrangebylex(key, bound, "-", start=0, num=100):
+            ids = [events.text(id) for id in ids]
+            for id, record in zip(ids, self._read(ids), strict=True):
+                if record is None:
+                    self.connection.zrem(key, id)
+                else:
+                    yield id, record
+            bound = f"({ids[-1]}"
+
+    # -- away
+
+    def cancel(self, id: str, owner: str) -> Generation:
+        """Cancel it, queued or running; its worker drops it before the next step.
+
+        Raises:
+            NotFound: as `fetch`.
+            NotCancelable: it has ended otherwise.
+        """
+        record = self.record(id, owner)
+        if record.status != "canceled":
+            self.end(id, owner, "canceled")
+        return self.fetch(id, owner)
+
+    def end(self, id: str, owner: str, outcome: str) -> None:
+        """Take a generation out of its queue or away from its worker, in one transaction with its new status.
+
+        Raises:
+            NotCancelable: it ended before.
+        """
+        key = Job.key_for(id)
+
+        def write(pipe: Pipeline) -> str:
+            status, origin, meta = pipe.hmget(key, "status", "origin", "meta")
+            standing = STATUS[JobStatus(status.decode())]
+            if standing not in ("queued", "running"):
+                raise NotCancelable(f"generation {id} has {standing} already")
+            queue = Queue(origin.decode(), connection=self.connection, serializer=JSONSerializer)
+            executions = [events.text(e) for e in pipe.zrange(ExecutionRegistry(id, self.connection).key, 0, -1)]
+            pipe.multi()
+            kept = (json.loads(meta) if meta else {}) | {"outcome": outcome}
+            pipe.hset(
+                key, mapping={"status": JobStatus.CANCELED.value, "ended_at": now(), "meta": json.dumps(kept)}
+            )
+            pipe.lrem(queue.key, 0, id)
+            for execution in executions:
+                lease = Execution(execution, id, self.connection)
+                pipe.zrem(StartedJobRegistry(queue=queue).key, lease.composite_key)
+                pipe.delete(lease.key)
+            pipe.delete(ExecutionRegistry(id, self.connection).key)
+            pipe.expire(key, self.settings.result_ttl)
+            events.record(pipe, id, outcome, {"status": outcome}, self.settings.result_ttl)
+            pipe.publish(BELL, f"drop {id}")
+            return queue.name
+
+        queue = self.connection.transaction(write, key, value_from_callable=True)
+        metrics.REQUESTS.labels(queue.rpartition(".")[0], outcome).inc()
+        log.info(outcome, generation=id)
+
+    def waiting(self) -> dict[str, tuple[int, float]]:
+        """For each queue: how many are waiting, and for how many seconds the oldest has been."""
+        names = [queue_name(card.name, priority) for card in self.catalog for priority in PRIORITIES]
+        with self.connection.pipeline(transaction=False) as pipe:
+            for name in names:
+                key = Queue(name, connection=self.connection).key
+                pipe.llen(key)
+                pipe.lindex(key, 0)
+            answers = pipe.execute()
+        heads = zip(names, answers[::2], answers[1::2], strict=True)
+        return {name: (n, max(0.0, time.time() - age_of(head.decode())) if head else 0.0) for name, n, head in heads}
+
+
+class Token(NamedTuple):
+    """An idempotency key of one caller and what it was first used for."""
+
+    key: str
+    fingerprint: str
+
+    @classmethod
+    def of(cls, text: str, owner: str, request: GenerationRequest) -> "Token":
+        if len(text) > 256:
+            raise InvalidRequest([("Idempotency-Key", "longer than 256 characters")])
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        body = json.dumps(request.model_dump(), sort_keys=True)
+        return cls(f"darkroom:idempotency:{owner}:{digest}", hashlib.sha256(body.encode()).hexdigest())
+
+    def answered(self, connection: "Redis | Pipeline") -> str | None:
+        """The id that the first request with this key was given, if it still exists."""
+        known = connection.get(self.key)
+        if known is None:
+            return None
+        id, fingerprint = json.loads(known)
+        if fingerprint != self.fingerprint:
+            raise IdempotencyConflict("this Idempotency-Key came with another request before")
+        return id if connection.exists(Job.key_for(id)) else None
+
+
+def index_key(owner: str) -> str:
+    """A sorted set of an owner's ids, all of score 0: ids sort by age."""
+    return f"darkroom:generations:{owner}"
+
+
+def complete(request: GenerationRequest, card: ModelCard, pictures: dict[str, bytes]) -> Parameters:
+    """The request with the card's defaults; pictures are named by their hash."""
+    defaults = card.defaults
+    strength = request.strength
+    if strength is None and request.image is not None:
+        strength = defaults.strength if request.mask is None else 1.0
+
+    def chosen(value: Any, default: Any) -> Any:
+        return default if value is None else value
+
+    return merged(
+        request,
+        model=card.name,
+        width=chosen(request.width, card.size.width),
+        height=chosen(request.height, card.size.height),
+        num_inference_steps=chosen(request.num_inference_steps, defaults.num_inference_steps),
+        guidance_scale=float(chosen(request.guidance_scale, defaults.guidance_scale)),
+        scheduler=chosen(request.scheduler, defaults.scheduler),
+        seed=chosen(request.seed, secrets.randbelow(2**32)),
+        strength=strength,
+        **{field: f"sha256:{hashlib.sha256(png).hexdigest()}" for field, png in pictures.items()},
+    )
+
+
+def parse_record(fields: list[bytes | None], last: list[events.Event]) -> Record:
+    status, data, meta, created_at, started_at, ended_at, attempts = fields
+    _, _, _, kwargs = json.loads(zlib.decompress(data))
+    meta = json.loads(meta) if meta else {}
+    standing = STATUS[JobStatus(status.decode())] if status else "queued"
+    return Record(
+        status=meta["outcome"] if "outcome" in meta and standing in ("failed", "canceled") else standing,
+        parameters=Parameters.model_validate(kwargs["parameters"]),
+        owner=kwargs["owner"],
+        meta=meta,
+        created_at=utcparse(created_at.decode()),
+        started_at=utcparse(started_at.decode()) if started_at else None,
+        ended_at=utcparse(ended_at.decode()) if ended_at else None,
+        attempts=int(attempts or 0),
+        last=last[0] if last else None,
+    )
+
+
+def overdue(record: Record) -> bool:
+    return record.status in ("queued", "running") and record.expires_at is not None and datetime.now(UTC) > record.expires_at
+
+
+def progress(record: Record) -> Progress | None:
+    if record.status == "running" and record.last and "step" in record.last.data:
+        return Progress(step=record.last.data["step"], steps=record.last.data["steps"])
+    if record.status == "succeeded" and (steps := record.meta.get("steps")):
+        return Progress(step=steps, steps=steps)
+    return None
+
+
+def remaining(record: Record) -> float | None:
+    """Seconds a running generation still takes, if its next steps take as long as its last."""
+    done = progress(record)
+    if not done or not done.step or record.started_at is None or record.last is None:
+        return None
+    took = int(record.last.id.partition("-")[0]) / 1000 - record.started_at.timestamp()
+    return round(max(0.0, took / done.step * (done.steps - done.step)), 3)
+
+
+def failure(record: Record) -> Failure | None:
+    if record.status != "failed":
+        return None
+    return Failure(**record.meta.get("error", {"type": "abandoned", "detail": "its workers died under it"}))
+
+
+def timings(record: Record) -> dict[str, float]:
+    taken = dict(record.meta.get("timings", {}))
+    if record.started_at:
+        taken["queued"] = (record.started_at - record.created_at).total_seconds()
+        if record.ended_at and record.ended_at > record.started_at:
+            taken["running"] = (record.ended_at - record.started_at).total_seconds()
+    return {name: round(seconds, 4) for name, seconds in taken.items()}
+
+
+def row_steps(parameters: Parameters) -> float:
+    """What a generation costs: rows through the denoiser."""
+    return parameters.n * parameters.num_inference_steps * (2 if parameters.guidance_scale > 1 else 1)
+
+
+def seconds_for(ahead: int, paces: list[bytes], own: float = 0.0) -> float | None:
+    """Seconds until `ahead` average jobs and `own` rows are through, at the pace of all workers that are alive."""
+    alive = [pace for pace in (Pace(*json.loads(text)) for text in paces) if pace.until > time.time()]
+    speed = sum(pace.rows_per_second for pace in alive)
+    if not speed:
+        return None
+    typical = sum(pace.rows_per_job for pace in alive) / len(alive)
+    return round((ahead * typical + own) / speed, 3)
+
+
+def now() -> str:
+    return utcformat(datetime.now(UTC))
+
+

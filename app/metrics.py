@@ -1,0 +1,72 @@
+"""Every Prometheus metric. Several processes of one machine may share them: see `PROMETHEUS_MULTIPROC_DIR`."""
+
+import os
+import sys
+from collections.abc import Callable, Iterable
+
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200)
+ROWS = (1, 2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48)
+
+REQUESTS = Counter("darkroom_requests", "Generations that ended", ["model", "status"])
+REFUSED = Counter("darkroom_refused", "Generations not accepted because the queue was full", ["model"])
+QUEUE_WAIT = Histogram("darkroom_queue_wait_seconds", "From submission to a worker", ["model"], buckets=SECONDS)
+DURATION = Histogram("darkroom_request_duration_seconds", "From submission to the end", ["model"], buckets=SECONDS)
+STAGE = Histogram(
+    "darkroom_stage_duration_seconds",
+    "One forward pass of a net, or one picture encoded or stored",
+    ["stage"],
+    buckets=SECONDS,
+)
+BATCH_ROWS = Histogram("darkroom_batch_rows", "Rows that requests had in a pass of the denoiser", ["model"], buckets=ROWS)
+BATCH_WIDTH = Gauge(
+    "darkroom_batch_width_rows", "Rows a pass may have, from the curve measured at warm-up", ["model"], multiprocess_mode="max"
+)
+STEPS = Counter("darkroom_steps", "Denoising steps of pictures", ["model"])
+IMAGES = Counter("darkroom_images", "Pictures stored", ["format"])
+RUNNING = Gauge("darkroom_jobs_running", "Generations that a worker holds", ["model"], multiprocess_mode="livesum")
+MODEL_LOAD = Gauge("darkroom_model_load_seconds", "Loading and warming up", ["model"], multiprocess_mode="max")
+MEMORY = Gauge("darkroom_gpu_memory_bytes", "Allocated on the device", ["device"], multiprocess_mode="livesum")
+HEARTBEAT = Gauge(
+    "darkroom_worker_last_heartbeat_seconds", "When the worker last renewed its leases, since the epoch", multiprocess_mode="max"
+)
+BUILD = Gauge("darkroom_build_info", "1, with the versions as labels", ["version", "python"], multiprocess_mode="max")
+
+
+def started(version: str) -> None:
+    BUILD.labels(version, sys.version.split()[0]).set(1)
+
+
+class Waiting(Collector):
+    """The queues' lengths, read at each scrape: they are one truth for all processes."""
+
+    def __init__(self, queues: Callable[[], dict[str, tuple[int, float]]]):
+        self.queues = queues
+
+    def collect(self) -> Iterable[Metric]:
+        depth = GaugeMetricFamily("darkroom_queue_depth", "Generations waiting", labels=["queue"])
+        oldest = GaugeMetricFamily("darkroom_queue_oldest_seconds", "Age of the one that waits longest", labels=["queue"])
+        for queue, (length, seconds) in self.queues().items():
+            depth.add_metric([queue], length)
+            oldest.add_metric([queue], seconds)
+        return depth, oldest
+
+
+def render(*more: Collector) -> bytes:
+    """The text that Prometheus scrapes: of this process, or of all that share a directory."""
+    if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry)
+    else:
+        registry = REGISTRY
+    text = generate_latest(registry)
+    if more:
+        extra = CollectorRegistry()
+        for collector in more:
+            extra.register(collector)
+        text += generate_latest(extra)
+    return text

@@ -1,0 +1,162 @@
+"""The public contract: what a client sends and sees."""
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+Status = Literal["queued", "running", "succeeded", "failed", "canceled", "expired"]
+Task = Literal["text-to-image", "image-to-image", "inpainting"]
+OutputFormat = Literal["png", "jpeg", "webp", "avif"]
+Priority = Literal["high", "normal", "low"]
+
+MAX_SEED = 2**53 - 1  # the largest integer that JSON clients in JavaScript keep
+
+
+class GenerationRequest(BaseModel):
+    """A picture, or `n` of them, to be made. Unset numbers take the model's defaults (`GET /v1/models`)."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    model: str | None = Field(None, description="A name from `GET /v1/models`; the first one if unset.")
+    prompt: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=10_000)] = Field(
+        description="What to draw. What exceeds the model's text encoder is cut, and `warnings` says what was."
+    )
+    negative_prompt: str = Field("", max_length=10_000, description="What to steer away from; needs guidance_scale > 1.")
+    n: int = Field(1, ge=1, description="How many pictures; picture i has the seed `seed + i`.")
+    width: int | None = Field(None, ge=1, description="Pixels.")
+    height: int | None = Field(None, ge=1, description="Pixels.")
+    num_inference_steps: int | None = Field(None, ge=1)
+    guidance_scale: float | None = Field(
+        None, ge=0, description="Classifier-free guidance; at 1 or less it is off, and a step costs half as much."
+    )
+    scheduler: str | None = Field(None, description="The sampler, by a name that the model lists.")
+    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="Zero is a seed. A random one if unset.")
+    image: str | None = Field(None, description="The picture to start from: base64 or a `data:` URL.")
+    mask: str | None = Field(None, description="White where `image` is to be repainted; of the same size.")
+    strength: float | None = Field(None, gt=0, le=1, description="How far to leave `image`: 1 ignores it.")
+    output_format: OutputFormat = "png"
+    preview_every: int | None = Field(None, ge=1, description="Publish a preview after every so many steps.")
+    reproducible: bool = Field(False, description="Same seed, same bytes, whatever else the worker is doing.")
+    expires_in: int | None = Field(None, ge=1, le=604_800, description="Seconds after which nobody wants it any more.")
+    priority: Priority = "normal"
+    metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] = Field(
+        default_factory=dict, max_length=16, description="Your own labels; returned as they are."
+    )
+
+    @model_validator(mode="after")
+    def _parts_that_belong_together(self) -> "GenerationRequest":
+        if self.mask is not None and self.image is None:
+            raise ValueError("mask: needs an image")
+        if self.strength is not None and self.image is None:
+            raise ValueError("strength: needs an image")
+        return self
+
+    @property
+    def task(self) -> Task:
+        """What kind of generation this is follows from what came with it."""
+        if self.mask is not None:
+            return "inpainting"
+        return "text-to-image" if self.image is None else "image-to-image"
+
+
+class Parameters(GenerationRequest):
+    """A request with everything decided: what the worker runs and `Generation.parameters` shows.
+
+    `image` and `mask` hold the SHA-256 of the stored picture instead of its bytes.
+    """
+
+    model: str
+    width: int
+    height: int
+    num_inference_steps: int
+    guidance_scale: float
+    scheduler: str
+    seed: int
+
+
+class Progress(BaseModel):
+    step: int = Field(description="Steps done, of the picture that is furthest behind.")
+    steps: int
+
+
+class Image(BaseModel):
+    url: str
+    seed: int
+    width: int
+    height: int
+
+
+class Failure(BaseModel):
+    type: str = Field(description="A stable name, such as `model-unavailable`.")
+    detail: str
+
+
+class Generation(BaseModel):
+    """A generation as it stands now."""
+
+    id: str
+    status: Status
+    model: str
+    created_at: datetime
+    position: int | None = Field(None, description="How many are ahead of it in the queue.")
+    eta: float | None = Field(None, description="Seconds until it is likely done, from measured step times.")
+    progress: Progress | None = None
+    images: list[Image] = []
+    parameters: Parameters
+    error: Failure | None = None
+    attempts: int = Field(0, description="How many workers have begun it.")
+    timings: dict[str, float] = Field({}, description="Seconds: queued, running, encoding.")
+    warnings: list[str] = []
+
+
+class GenerationList(BaseModel):
+    data: list[Generation]
+    next_cursor: str | None = Field(None, description="Pass as `cursor` for the next page.")
+
+
+class Size(BaseModel):
+    width: int
+    height: int
+    minimum: int
+    maximum: int
+    multiple_of: int
+
+
+class ModelLimits(BaseModel):
+    n: int
+    num_inference_steps: int
+    guidance_scale: float
+    prompt_tokens: int
+
+
+class ModelDefaults(BaseModel):
+    num_inference_steps: int
+    guidance_scale: float
+    scheduler: str
+    strength: float
+
+
+class Model(BaseModel):
+    """What a model can do: all that a client needs to build a form."""
+
+    name: str
+    title: str
+    description: str
+    family: str
+    licence: str
+    licence_url: str
+    tasks: list[Task]
+    size: Size
+    limits: ModelLimits
+    defaults: ModelDefaults
+    schedulers: list[str]
+
+
+class ModelList(BaseModel):
+    data: list[Model]
+
+
+def merged(request: GenerationRequest, **decided: Any) -> Parameters:
+    """The request with what was left open filled in."""
+    return Parameters.model_validate(request.model_dump() | decided)

@@ -1,0 +1,94 @@
+"""Blobs in a directory or in S3: the pictures that clients sent, the previews and the results."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import obstore
+from obstore.store import LocalStore, ObjectStore, S3Store
+
+from app.schemas import OutputFormat
+
+AWS_ENDPOINTS = ("AWS_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
+
+
+@dataclass(frozen=True)
+class BlobStore:
+    """Blobs by key, written whole or not at all. Safe to share between threads.
+
+    Methods raise `obstore.exceptions.BaseError` when the store does not answer or refuses.
+    """
+
+    store: ObjectStore
+
+    def save(self, key: str, data: bytes) -> None:
+        """Write the blob, replacing what was there.
+
+        In a directory it is written to `<key>#1` and renamed, so a reader sees the old bytes or the new ones; in S3 it is
+        one PUT: a multipart upload, when its writer is killed, leaves parts that nobody sees and somebody pays for.
+        """
+        obstore.put(self.store, key, data, use_multipart=False)
+
+    def open(self, key: str) -> bytes:
+        """The blob.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        return obstore.get(self.store, key).bytes().to_bytes()
+
+    def delete(self, prefix: str) -> None:
+        """Remove every blob below `prefix`, a folder: `a/b` covers `a/b/c` but not `a/bc`. None there is no error."""
+        for found in obstore.list(self.store, prefix, chunk_size=1000):
+            obstore.delete(self.store, [blob["path"] for blob in found])
+
+    def check(self) -> None:
+        """Ask the store for its topmost folders, one cheap request: it returns if the store answers, and raises if not."""
+        obstore.list_with_delimiter(self.store)
+
+
+def open_store(url: str) -> BlobStore:
+    """The store at `file:///directory`, made if missing, or `s3://bucket/prefix`.
+
+    S3 takes its credentials, region and endpoint from the usual `AWS_*` variables.
+
+    Raises:
+        ValueError: the URL is neither.
+    """
+    parts = urlsplit(url)
+    if parts.scheme == "file" and not parts.netloc:
+        return BlobStore(LocalStore(Path(unquote(parts.path)), mkdir=True, automatic_cleanup=True))
+    if parts.scheme == "s3" and parts.netloc:
+        plain_http = any(os.environ.get(name, "").startswith("http://") for name in AWS_ENDPOINTS)
+        store = S3Store.from_url(
+            url,
+            # A dead store is noticed within 10 s, not after obstore's 3 minutes; a refused connection within 0.3 s.
+            client_options={
+                "connect_timeout": timedelta(seconds=2),
+                "timeout": timedelta(seconds=10),
+                "allow_http": plain_http,
+            },
+            retry_config={"max_retries": 2, "retry_timeout": timedelta(seconds=10)},
+        )
+        return BlobStore(store)
+    raise ValueError(f"a blob store is file:///directory or s3://bucket/prefix, not {url!r}")
+
+
+def generation_folder(generation_id: str) -> str:
+    """What `BlobStore.delete` takes to forget a generation."""
+    return f"generations/{generation_id}"
+
+
+def image_key(generation_id: str, index: int, output_format: OutputFormat) -> str:
+    return f"{generation_folder(generation_id)}/images/{index}.{output_format}"
+
+
+def input_key(generation_id: str, field: str) -> str:
+    """Where the picture that came in `field` is kept: always as a PNG, whatever it came as."""
+    return f"{generation_folder(generation_id)}/inputs/{field}.png"
+
+
+def preview_key(generation_id: str, index: int, step: int) -> str:
+    return f"{generation_folder(generation_id)}/previews/{index}/{step}"

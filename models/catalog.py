@@ -1,0 +1,154 @@
+"""Model cards: data that says what a model is and can do. Readable without torch."""
+
+import tomllib
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from app.schemas import GenerationRequest, Model, ModelDefaults, ModelLimits, Size
+
+CARDS = Path(__file__).parent / "cards"
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Folder(Strict):
+    """A folder in diffusers' layout; relative paths start at `models/weights`."""
+
+    kind: Literal["folder"]
+    path: Path
+
+    @property
+    def place(self) -> Path:
+        return WEIGHTS / self.path
+
+
+class SingleFile(Strict):
+    """One `.safetensors` checkpoint; `config` is a folder with the pipeline's configuration."""
+
+    kind: Literal["file"]
+    path: Path
+    config: Path
+
+    @property
+    def place(self) -> Path:
+        return WEIGHTS / self.path
+
+
+class Hub(Strict):
+    """A repository on the Hugging Face hub, at one revision."""
+
+    kind: Literal["hub"]
+    repository: str
+    revision: str
+    variant: str | None = None
+
+
+class Dtype(Strict):
+    """float32 is exact and the only fast one on most CPUs; the other is for accelerators."""
+
+    cpu: Literal["float32", "bfloat16"] = "float32"
+    cuda: Literal["float32", "float16", "bfloat16"] = "float16"
+
+
+class ModelCard(Strict):
+    """One file of `models/cards`."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")  # part of queue names and metrics
+    title: str
+    description: str
+    family: str
+    source: Annotated[Folder | SingleFile | Hub, Field(discriminator="kind")]
+    dtype: Dtype = Dtype()
+    licence: str
+    licence_url: str
+    tasks: list[Literal["text-to-image", "image-to-image", "inpainting"]]
+    size: Size
+    limits: ModelLimits
+    defaults: ModelDefaults
+    schedulers: list[str]
+    memory_mib: int  # of the resident model on an accelerator; residency plans with it before loading
+    max_rows: int = 32  # widest forward pass worth trying; diffusers' Upsample2D takes another path from 64 on
+    reproducible_rows: int = 8  # the exact lane's row count, part of the contract: changing it changes bytes
+
+    @model_validator(mode="after")
+    def _defaults_are_possible(self) -> "ModelCard":
+        if self.defaults.scheduler not in self.schedulers:
+            raise ValueError(f"defaults.scheduler {self.defaults.scheduler!r} is not among the schedulers")
+        return self
+
+    def public(self) -> Model:
+        """The part of the card that clients see."""
+        return Model.model_validate({name: getattr(self, name) for name in Model.model_fields})
+
+    def problems(self, request: GenerationRequest) -> Iterator[tuple[str, str]]:
+        """What this model cannot do of a request: (field, what is wrong)."""
+        for field in ("width", "height"):
+            if (pixels := getattr(request, field)) is not None:
+                yield from self._size_problems(field, pixels)
+        for field in ("n", "num_inference_steps", "guidance_scale"):
+            value, limit = getattr(request, field), getattr(self.limits, field)
+            if value is not None and value > limit:
+                yield field, f"{value} is more than {self.name} allows ({limit})"
+        if request.scheduler is not None and request.scheduler not in self.schedulers:
+            yield "scheduler", f"{self.name} has no {request.scheduler!r}; it has {', '.join(self.schedulers)}"
+        if request.task not in self.tasks:
+            field = "mask" if request.mask is not None else "image"
+            yield field, f"{self.name} does not do {request.task}"
+
+    def _size_problems(self, field: str, pixels: int) -> Iterator[tuple[str, str]]:
+        size = self.size
+        if not size.minimum <= pixels <= size.maximum:
+            yield field, f"{self.name} draws {size.minimum} to {size.maximum} pixels, not {pixels}"
+        elif pixels % size.multiple_of:
+            yield field, f"must be a multiple of {size.multiple_of} for {self.name}, not {pixels}"
+
+
+class Catalog:
+    """The cards of the served models, in the order they were named."""
+
+    def __init__(self, cards: Iterable[ModelCard]):
+        self._cards = {card.name: card for card in cards}
+
+    @classmethod
+    def read(cls, names: Iterable[str], extra: Path | None = None) -> "Catalog":
+        """The cards of `names`, from `models/cards` and the folder `extra`.
+
+        Raises:
+            ValueError: a name has no card, or a card is wrong (the message names the file).
+        """
+        cards = {card.name: card for folder in (CARDS, extra) if folder for card in read_cards(folder)}
+        if missing := [name for name in names if name not in cards]:
+            raise ValueError(f"no card for {', '.join(missing)}; there are {', '.join(sorted(cards))}")
+        return cls(cards[name] for name in names)
+
+    def __iter__(self) -> Iterator[ModelCard]:
+        return iter(self._cards.values())
+
+    def __getitem__(self, name: str) -> ModelCard:
+        return self._cards[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._cards
+
+    @cached_property
+    def default(self) -> ModelCard:
+        return next(iter(self))
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._cards)
+
+
+def read_cards(folder: Path) -> Iterator[ModelCard]:
+    for path in sorted(folder.glob("*.toml")):
+        try:
+            yield ModelCard.model_validate(tomllib.loads(path.read_text()))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None

@@ -1,0 +1,54 @@
+"""A request is a program: a generator that yields `Call`s and is resumed with its rows' outputs.
+
+All that a request owns (latents, position, sampler, generator, guidance) is a local variable of its program. A program is
+deterministic but for the outputs of its nets, and knows nothing of the others that share its forward passes.
+"""
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BUCKETS = (1, 2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48)  # 64 rows and more trace another graph in Upsample2D
+
+
+@dataclass(eq=False)
+class Net:
+    """A resident callable and how its rows may be batched. Identity is what calls are grouped by.
+
+    `run` takes keyword arguments and returns tensors (in any nesting of tuples, lists, dicts and diffusers outputs) whose
+    first dimension is the rows. `shared` names arguments that are not per row: calls meet only where these are equal.
+    """
+
+    name: str
+    run: Callable[..., Any]
+    shared: frozenset[str] = frozenset()
+    buckets: tuple[int, ...] = ()  # row counts it may be run at, the rest is padding; none: any
+    width: int = 16  # rows in one pass at most, unless one call alone has more
+    reproducible_rows: int | None = None  # the exact lane's row count; none: the call runs alone, at its own
+
+
+@dataclass(slots=True)
+class Call:
+    """Evaluate `net` on my rows.
+
+    Tensors in `args` whose first dimension is `rows` are batched, 0-dimensional ones are repeated for each row, and
+    everything else must be equal in all calls of a batch.
+    """
+
+    net: Net
+    args: dict[str, Any]
+    rows: int
+    at: tuple[int, int] | None = None  # denoising step i of n is about to run: progress
+    estimate: Tensor | None = None  # what the picture looks like so far, [1, C, h, w] latents: previews
+
+
+Program = Generator[Call, Any, Tensor]
+"""Returns the picture: float32 [3, height, width] in [0, 1] on the CPU."""
+
+
+def generator(seed: int) -> torch.Generator:
+    """The noise of one picture: always from the CPU, so that a seed means the same on every device."""
+    return torch.Generator("cpu").manual_seed(seed)

@@ -1,0 +1,249 @@
+"""Samplers: any diffusers scheduler, and most of them as a table of coefficients.
+
+Every unclipped sampler with a short memory is linear in the sample, the model's outputs and the noise, so running it once
+on basis vectors reads its coefficients off exactly:
+
+    x' = c[i] · (x, e, noise, e₁, x₁, e₂, x₂)        subscripts count steps back
+
+The update is then a weighted sum inside the net call, and rows with different samplers and step counts share it.
+Those that are not linear (`unipc`, `pndm`: a longer memory) step their own scheduler between two calls.
+"""
+
+import contextlib
+import inspect
+import sys
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Any, Protocol
+
+import diffusers
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+# A scheduler of diffusers and what it must be told beyond the model's own configuration. Latents are never clipped.
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {"clip_sample": False, "thresholding": False}),
+    "ddpm": ("DDPMScheduler", {"clip_sample": False, "thresholding": False}),
+    "deis": ("DEISMultistepScheduler", {"algorithm_type": "deis", "solver_type": "logrho"}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
+    "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "flow_match": ("FlowMatchEulerDiscreteScheduler", {}),
+    # Heun averages two slopes, which from the infinite sigma of a zero-SNR schedule is nonsense: begin a step later.
+    "heun": ("HeunDiscreteScheduler", {"clip_sample": False, "timestep_spacing": "leading"}),
+    "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
+NOT_LINEAR = frozenset({"pndm", "unipc"})
+MEMORY = ("e1", "x1", "e2", "x2")  # what a table remembers of earlier steps
+
+
+class Sampler(Protocol):
+    """What a program asks of its sampler; `i` counts from the step that it begins with."""
+
+    timesteps: Tensor  # [N]
+    order: int  # model calls for one step of num_inference_steps
+    init_noise_sigma: float
+
+    def scale(self, i: int) -> float: ...  # of the sample on its way into the net
+    def coefficients(self, i: int) -> Tensor: ...  # [7], of the update inside the net call
+    def noise(self, i: int, like: Tensor, rng: torch.Generator) -> Tensor: ...  # drawn just when the scheduler would
+    def settle(self, i: int, x: Tensor, e: Tensor, updated: Tensor, rng: torch.Generator) -> Tensor: ...  # the next sample
+    def add_noise(self, i: int, x0: Tensor, noise: Tensor) -> Tensor: ...  # x0 as it looks at timestep i
+    def estimate(self, i: int, x: Tensor, e: Tensor) -> Tensor: ...  # x0, judged from timestep i
+
+
+def scheduler(name: str, config: Mapping[str, Any]) -> Any:
+    """A fresh diffusers scheduler for a model whose own scheduler has this configuration."""
+    kind, overrides = SCHEDULERS[name]
+    return getattr(diffusers, kind).from_config(dict(config), **overrides)
+
+
+def sampler(name: str, config: Mapping[str, Any], steps: int, begin: int = 0) -> Sampler:
+    """The sampler of one picture: `steps` steps, of which the first `begin` are left out (image-to-image)."""
+    if name in NOT_LINEAR:
+        return Stepping(scheduler(name, config), steps, begin)
+    return table(name, tuple(sorted((key, _frozen(value)) for key, value in config.items())), steps, begin)
+
+
+@lru_cache(maxsize=512)
+def table(name: str, config: tuple[tuple[str, Any], ...], steps: int, begin: int) -> "Table":
+    """Compiling takes 2 to 5 ms, and most requests ask for the same few."""
+    return Table(scheduler(name, dict(config)), steps, begin)
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def start(stock: Any, steps: int, begin: int) -> Tensor:
+    """Set the schedule and return its timesteps from `begin` on. The schedule stays on the CPU: no device waits for it."""
+    stock.set_timesteps(steps, device="cpu")
+    if hasattr(stock, "set_begin_index"):
+        stock.set_begin_index(begin * stock.order)
+    return stock.timesteps[begin * stock.order :]
+
+
+class Table:
+    """A linear sampler, read off from a scheduler.
+
+    Raises:
+        ValueError: the scheduler clips, remembers more than two steps, or is not linear.
+    """
+
+    def __init__(self, stock: Any, steps: int, begin: int = 0):
+        if stock.config.get("clip_sample") or stock.config.get("thresholding"):
+            raise ValueError("clipping is not linear, and a probe of ones and zeros would not notice it")
+        self.timesteps = start(stock, steps, begin)
+        self.order: int = stock.order
+        self.init_noise_sigma = float(getattr(stock, "init_noise_sigma", 1.0))
+        count = len(self.timesteps)
+        self._coefficients = torch.zeros(count, 3 + len(MEMORY))
+        self._scales, self._signals, self._noises = ([1.0] * count for _ in range(3))
+        self._draws = [False] * count
+        self._estimates = [estimate_coefficients(stock, t) for t in self.timesteps]
+        self._read_off(stock)
+
+    def _read_off(self, stock: Any) -> None:
+        count = len(self.timesteps)
+        rng = {"generator": generator} if (generator := _own_noise(stock)) else {}
+        for i, t in enumerate(self.timesteps):
+            x, e, noise = (one_hot(3 * count, k * count + i) for k in range(3))
+            self._signals[i] = float(noised(stock, torch.ones(1, 1), torch.zeros(1, 1), t))
+            self._noises[i] = float(noised(stock, torch.zeros(1, 1), torch.ones(1, 1), t))
+            if hasattr(stock, "scale_model_input"):
+                self._scales[i] = float(stock.scale_model_input(x, t)[0, i])
+            with probing(stock, noise) as drawn:
+                updated = stock.step(e, t, x, return_dict=False, **rng)[0][0].float()
+            self._draws[i] = bool(drawn)
+            self._coefficients[i] = self._taken(updated, i, count)
+            if updated.abs().max() > 1e-6:
+                raise ValueError(f"{type(stock).__name__} remembers more than two steps, or is not linear, at step {i}")
+
+    @staticmethod
+    def _taken(updated: Tensor, i: int, count: int) -> Tensor:
+        """The seven coefficients of step i, moved out of `updated` [3 · count] so that what is left is unexplained."""
+        places = ((0, 0), (1, 0), (2, 0), (1, 1), (0, 1), (1, 2), (0, 2))  # (x | e | noise, steps back)
+        taken = torch.zeros(len(places))
+        for k, (kind, back) in enumerate(places):
+            if i >= back:
+                taken[k] = updated[kind * count + i - back]
+                updated[kind * count + i - back] = 0
+        return taken
+
+    def scale(self, i: int) -> float:
+        return self._scales[i]
+
+    def coefficients(self, i: int) -> Tensor:
+        return self._coefficients[i]
+
+    def noise(self, i: int, like: Tensor, rng: torch.Generator) -> Tensor:
+        if not self._draws[i]:
+            return torch.zeros_like(like)
+        return randn_tensor(like.shape, generator=rng, device=like.device, dtype=like.dtype)
+
+    def settle(self, i: int, x: Tensor, e: Tensor, updated: Tensor, rng: torch.Generator) -> Tensor:
+        return updated
+
+    def add_noise(self, i: int, x0: Tensor, noise: Tensor) -> Tensor:
+        return self._signals[i] * x0 + self._noises[i] * noise
+
+    def estimate(self, i: int, x: Tensor, e: Tensor) -> Tensor:
+        of_x, of_e = self._estimates[i]
+        return of_x * self._scales[i] * x + of_e * e
+
+
+class Stepping:
+    """A sampler that is no table: it steps its own scheduler with what the net returned."""
+
+    def __init__(self, stock: Any, steps: int, begin: int = 0):
+        self.stock = stock
+        self.timesteps = start(stock, steps, begin)
+        self.order: int = stock.order
+        self.init_noise_sigma = float(stock.init_noise_sigma)
+
+    def scale(self, i: int) -> float:
+        return float(self.stock.scale_model_input(torch.ones(1), self.timesteps[i]))
+
+    def coefficients(self, i: int) -> Tensor:
+        return torch.zeros(3 + len(MEMORY))
+
+    def noise(self, i: int, like: Tensor, rng: torch.Generator) -> Tensor:
+        return torch.zeros_like(like)
+
+    def settle(self, i: int, x: Tensor, e: Tensor, updated: Tensor, rng: torch.Generator) -> Tensor:
+        own = {"generator": rng} if "generator" in inspect.signature(self.stock.step).parameters else {}
+        return self.stock.step(e, self.timesteps[i], x, return_dict=False, **own)[0]
+
+    def add_noise(self, i: int, x0: Tensor, noise: Tensor) -> Tensor:
+        return noised(self.stock, x0, noise, self.timesteps[i])
+
+    def estimate(self, i: int, x: Tensor, e: Tensor) -> Tensor:
+        of_x, of_e = estimate_coefficients(self.stock, self.timesteps[i])
+        return of_x * self.scale(i) * x + of_e * e
+
+
+def noised(stock: Any, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """x0 as it looks at timestep t."""
+    if hasattr(stock, "add_noise"):
+        return stock.add_noise(x0, noise, t.reshape(1))
+    return stock.scale_noise(x0, t.reshape(1), noise)  # flow matching
+
+
+def estimate_coefficients(stock: Any, t: Tensor) -> tuple[float, float]:
+    """How x0 follows from the variance-preserving sample and the model's output: Salimans & Ho 2022, appendix D."""
+    if not hasattr(stock, "alphas_cumprod"):  # flow matching: x_t = (1 - σ) x0 + σ noise, and e = noise - x0
+        return 1.0, -float(t) / stock.config.num_train_timesteps
+    position = min(max(float(t), 0.0), len(stock.alphas_cumprod) - 1.0)  # Euler's timesteps lie between two
+    low = int(position)
+    high = min(low + 1, len(stock.alphas_cumprod) - 1)
+    alpha_bar = float(torch.lerp(stock.alphas_cumprod[low], stock.alphas_cumprod[high], position - low))
+    alpha, sigma = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+    match stock.config.prediction_type:
+        case "epsilon":
+            return 1 / max(alpha, 1e-4), -sigma / max(alpha, 1e-4)
+        case "v_prediction":
+            return alpha, -sigma
+        case "sample":
+            return 0.0, 1.0
+        case other:
+            raise ValueError(f"no estimate for prediction_type {other!r}")
+
+
+def one_hot(size: int, at: int) -> Tensor:
+    """[1, size]"""
+    vector = torch.zeros(1, size)
+    vector[0, at] = 1
+    return vector
+
+
+def _own_noise(stock: Any) -> torch.Generator | None:
+    return torch.Generator() if "generator" in inspect.signature(stock.step).parameters else None
+
+
+@contextlib.contextmanager
+def probing(stock: Any, noise: Tensor) -> Iterator[list[bool]]:
+    """While it lasts, this scheduler's module draws `noise`; the list notes each draw."""
+    module, drawn = sys.modules[type(stock).__module__], list[bool]()
+    if not hasattr(module, "randn_tensor"):
+        yield drawn
+        return
+
+    def draw(shape: Any, **_: Any) -> Tensor:
+        drawn.append(True)
+        return noise.reshape(shape)
+
+    own = module.randn_tensor
+    module.randn_tensor = draw
+    try:
+        yield drawn
+    finally:
+        module.randn_tensor = own
+
+
+def frozen_config(stock: Any) -> Mapping[str, Any]:
+    """A model's scheduler configuration, as read-only as its weights."""
+    return MappingProxyType({key: value for key, value in stock.config.items() if not key.startswith("_")})

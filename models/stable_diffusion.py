@@ -1,0 +1,230 @@
+"""Stable Diffusion (Rombach et al. 2022): text-to-image, image-to-image and inpainting as one straight-line program.
+
+Guidance and the sampler's update happen inside the net call, for all rows at once; the rest is plain code between calls.
+The results are those of diffusers' StableDiffusion*Pipeline, draw for draw from the same generator.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from torch import Tensor
+
+from app.schemas import Parameters
+from models import guidance, samplers
+from models.catalog import ModelCard
+from models.preview import LatentColours
+from models.program import BUCKETS, Call, Net, Program, generator
+
+UNCONDITIONAL_THEN_CONDITIONAL = (torch.tensor([0, -1]), torch.tensor([1, 0]))  # where each row finds its pair
+ALONE = (torch.tensor([0]), torch.tensor([0]))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What came with a request as pictures."""
+
+    image: Image.Image | None = None
+    mask: Image.Image | None = None
+
+
+class StableDiffusion:
+    """One resident model: weights, and the nets that its programs call. Read-only to requests."""
+
+    def __init__(self, card: ModelCard, pipeline: Any):
+        self.card = card
+        self.pipeline = pipeline
+        self.device, self.dtype = pipeline.unet.device, pipeline.unet.dtype
+        self.scheduler_config = samplers.frozen_config(pipeline.scheduler)
+        self.scaling = pipeline.vae.config.scaling_factor
+        self.channels = pipeline.vae.config.latent_channels
+        self.inpaints_by_blending = pipeline.unet.config.in_channels == self.channels
+        buckets = tuple(bucket for bucket in BUCKETS if bucket <= card.max_rows)
+        self.denoiser = Net("denoise", self.denoise, buckets=buckets, reproducible_rows=card.reproducible_rows)
+        self.text_encoder = Net("encode_text", self.encode_text, width=32)
+        self.image_encoder = Net("encode_image", self.encode_image, width=1)
+        self.decoder = Net("decode", self.decode, buckets=(1, 2, 4, 8))
+
+    # -- the nets: rows in, rows out
+
+    def denoise(
+        self,
+        *,
+        sample: Tensor,
+        noise: Tensor,
+        memory: Tensor,
+        timestep: Tensor,
+        context: Tensor,
+        scale: Tensor,
+        guidance_scale: Tensor,
+        unconditional: Tensor,
+        conditional: Tensor,
+        coefficients: Tensor,
+        extra: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """One guided sampler step for each row.
+
+        Args:
+            sample, noise: [rows, C, h, w]; memory: [rows, 4, C, h, w], see `samplers.MEMORY`.
+            timestep, scale, guidance_scale, unconditional, conditional: [rows]; context: [rows, tokens, width].
+            coefficients: [rows, 7] of the update; extra: [rows, 1 + C, h, w] mask and masked latents for 9 channels.
+        Returns:
+            the next sample and the guided output, both [rows, C, h, w] float32.
+        """
+        seen = sample * guidance.over(scale, sample)
+        if extra is not None:
+            seen = torch.cat([seen, extra], 1)
+        e = self.pipeline.unet(seen.to(self.dtype), timestep, encoder_hidden_states=context, return_dict=False)[0]
+        e = guidance.classifier_free(e.float(), guidance_scale, unconditional, conditional)
+        terms = torch.cat([torch.stack([sample, e, noise], 1), memory], 1)
+        return torch.einsum("rk,rkchw->rchw", coefficients, terms), e
+
+    def encode_text(self, *, input_ids: Tensor) -> Tensor:
+        """[rows, tokens] to [rows, tokens, width]"""
+        return self.pipeline.text_encoder(input_ids.to(self.device))[0]
+
+    def encode_image(self, *, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """[rows, 3, H, W] in [-1, 1] to the posterior's mean and standard deviation, [rows, C, h, w]."""
+        posterior = self.pipeline.vae.encode(pixels.to(self.device, self.dtype)).latent_dist
+        return posterior.mean, posterior.std
+
+    def decode(self, *, latents: Tensor) -> Tensor:
+        """[rows, C, h, w] to [rows, 3, H, W] in [0, 1], float32."""
+        pixels = self.pipeline.vae.decode((latents / self.scaling).to(self.dtype), return_dict=False)[0]
+        return (pixels.float() / 2 + 0.5).clamp(0, 1)
+
+    # -- the program
+
+    def draw(self, r: Parameters, seed: int, inputs: Inputs) -> Program:
+        """One picture."""
+        rng = generator(seed)
+        guided = r.guidance_scale > 1
+        rows = 2 if guided else 1
+        context = yield Call(self.text_encoder, {"input_ids": self.tokens(r, guided)}, rows)
+
+        left_out = skipped_steps(r)
+        sampler = samplers.sampler(r.scheduler, self.scheduler_config, r.num_inference_steps, left_out)
+        count = len(sampler.timesteps)
+        shape = (1, self.channels, r.height // self.factor, r.width // self.factor)
+        blending = inputs.mask is not None and self.inpaints_by_blending
+
+        x0 = None
+        if inputs.image is not None and (inputs.mask is None or blending or r.strength != 1):
+            x0 = yield from self.latents(self.pixels(inputs.image), rng)
+        noise = self.noise(shape, rng)
+        if x0 is None or (inputs.mask is not None and r.strength == 1):
+            x = noise * sampler.init_noise_sigma
+        else:
+            x = sampler.add_noise(0, x0, noise)
+
+        repaint = extra = None
+        if inputs.image is not None and inputs.mask is not None:
+            hole, repaint = self.masks(inputs.mask, shape)
+            if blending:
+                self.noise(shape, rng)  # the stock pipeline draws here too, for masked latents that it does not use
+            else:
+                kept = yield from self.latents(self.pixels(inputs.image) * (hole < 0.5), rng)
+                extra = torch.cat([repaint, kept], 1).expand(rows, -1, -1, -1)
+
+        unconditional, conditional = UNCONDITIONAL_THEN_CONDITIONAL if guided else ALONE
+        unchanging = {
+            "context": context,
+            "guidance_scale": torch.full((rows,), r.guidance_scale if guided else 1.0, device=self.device),
+            "unconditional": unconditional.to(self.device),
+            "conditional": conditional.to(self.device),
+        }
+        if extra is not None:
+            unchanging["extra"] = extra
+        e1 = x1 = e2 = x2 = torch.zeros_like(x)
+        estimate = None
+        for i in range(count):
+            fresh = sampler.noise(i, x, rng)
+            args = unchanging | {
+                "sample": x.expand(rows, -1, -1, -1),
+                "noise": fresh.expand(rows, -1, -1, -1),
+                "memory": torch.stack([e1, x1, e2, x2], 1).expand(rows, -1, -1, -1, -1),
+                "timestep": torch.full((rows,), float(sampler.timesteps[i]), device=self.device),
+                "scale": torch.full((rows,), sampler.scale(i), device=self.device),
+                "coefficients": sampler.coefficients(i).to(self.device).expand(rows, -1),
+            }
+            updated, e = yield Call(self.denoiser, args, rows, (i, count), estimate)
+            updated, e = updated[:1], e[:1]
+            estimate = sampler.estimate(i, x, e)
+            e2, x2, e1, x1 = e1, x1, e, x
+            x = sampler.settle(i, x, e, updated, rng)
+            if blending:
+                behind = sampler.add_noise(i + 1, x0, noise) if i + 1 < count else x0
+                x = (1 - repaint) * behind + repaint * x
+
+        picture = yield Call(self.decoder, {"latents": x}, 1, (count, count))
+        return picture[0].cpu()
+
+    # -- what the program starts from
+
+    @cached_property
+    def factor(self) -> int:
+        """Pixels a latent, in each direction."""
+        return 2 ** (len(self.pipeline.vae.config.block_out_channels) - 1)
+
+    def tokens(self, r: Parameters, guided: bool) -> Tensor:
+        """[rows, tokens]: the negative prompt first, as everywhere."""
+        tokenizer = self.pipeline.tokenizer
+        texts = [r.negative_prompt, r.prompt] if guided else [r.prompt]
+        length = tokenizer.model_max_length
+        return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+
+    def warnings(self, r: Parameters) -> list[str]:
+        """What of the prompts the text encoder will not see."""
+        return [
+            f"{field} is cut after {cut.kept} tokens: {cut.lost!r} is not seen"
+            for field, text in (("prompt", r.prompt), ("negative_prompt", r.negative_prompt))
+            if (cut := cut_off(self.pipeline.tokenizer, text))
+        ]
+
+    def noise(self, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+        """Drawn in the model's dtype, as the stock pipeline does, then float32."""
+        return randn_tensor(shape, generator=rng, device=self.device, dtype=self.dtype).float()
+
+    def pixels(self, image: Image.Image) -> Tensor:
+        """[1, 3, H, W] in [-1, 1]"""
+        return self.pipeline.image_processor.preprocess(image)
+
+    def latents(self, pixels: Tensor, rng: torch.Generator) -> Any:
+        """A draw from the posterior of the picture's latents, [1, C, h, w]."""
+        mean, std = yield Call(self.image_encoder, {"pixels": pixels}, 1)
+        drawn = randn_tensor(mean.shape, generator=rng, device=self.device, dtype=self.dtype)
+        return ((mean + std * drawn) * self.scaling).float()
+
+    def masks(self, mask: Image.Image, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """1 where to repaint: [1, 1, H, W] for pixels on the CPU, [1, 1, h, w] for latents on the device."""
+        hole = torch.frombuffer(bytearray(mask.convert("L").tobytes()), dtype=torch.uint8)
+        hole = (hole.view(1, 1, mask.height, mask.width) >= 128).float()
+        return hole, torch.nn.functional.interpolate(hole, shape[-2:]).to(self.device)
+
+    @cached_property
+    def colours(self) -> LatentColours:
+        """For previews."""
+        return LatentColours.fit(lambda pixels: self.encode_image(pixels=pixels)[0] * self.scaling, self.device)
+
+
+def skipped_steps(r: Parameters) -> int:
+    """How many steps image-to-image leaves out: the stock pipelines' `get_timesteps`."""
+    if r.strength is None:
+        return 0
+    return r.num_inference_steps - min(int(r.num_inference_steps * r.strength), r.num_inference_steps)
+
+
+@dataclass(frozen=True)
+class Cut:
+    kept: int
+    lost: str
+
+
+def cut_off(tokenizer: Any, text: str) -> Cut | None:
+    """What a tokenizer with a start and an end token has no room for."""
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    room = tokenizer.model_max_length - 2
+    return Cut(room, tokenizer.decode(ids[room:]).strip()) if len(ids) > room else None
