@@ -12,9 +12,10 @@ RUN groupadd --gid 10001 darkroom \
     && install --directory --owner darkroom --group darkroom /blobs /models
 WORKDIR /app
 # For both images. /livez, not /readyz: nobody should restart a process because Redis is away.
-HEALTHCHECK --interval=10s --timeout=5s --start-period=5m CMD python -c "from http.client import HTTPConnection as C; \
-    c = C('127.0.0.1', ${DARKROOM_WORKER_PORT:-$DARKROOM_PORT}, 4); c.request('GET', '/livez'); \
-    raise SystemExit(c.getresponse().status != 200)"
+HEALTHCHECK --interval=10s --timeout=5s --start-period=5m CMD ["python", "-c", "\
+    from http.client import HTTPConnection; from os import environ; \
+    connection = HTTPConnection('127.0.0.1', int(environ.get('DARKROOM_WORKER_PORT') or environ['DARKROOM_PORT']), 4); \
+    connection.request('GET', '/livez'); raise SystemExit(connection.getresponse().status != 200)"]
 
 
 FROM base AS packages

@@ -1,0 +1,197 @@
+"""The `darkroom` command."""
+
+import os
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from app.settings import Settings, settings
+
+cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Pictures from guided diffusion models, over HTTP.")
+console = Console(stderr=True)
+
+HOST = typer.Option(help="Address to listen on.", show_default="127.0.0.1")
+PORT = typer.Option(help="Port to listen on.", show_default="8000")
+
+
+@cli.command()
+def up(
+    host: Annotated[str | None, HOST] = None,
+    port: Annotated[int | None, PORT] = None,
+    data_dir: Annotated[Path | None, typer.Option(help="Where everything is kept.", show_default="data")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Worker processes, one a GPU.")] = 1,
+    with_parent: Annotated[bool, typer.Option(hidden=True)] = False,
+) -> None:
+    """Serve until Ctrl-C: an embedded Valkey, the API and workers."""
+    from app.local import LocalService, StartFailed
+
+    end_with_parent(with_parent)
+    override(host=host, port=port, data_dir=data_dir)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        status = console.status("starting")
+        status.start()
+        with LocalService(settings(), workers, status.update) as service:
+            status.stop()
+            console.print(f"[bold green]ready[/] {service.url} · interactive docs at {service.url}/docs · Ctrl-C stops it")
+            service.watch()
+    except KeyboardInterrupt:
+        console.print("stopped")
+    except StartFailed as error:
+        raise SystemExit(str(error)) from None
+
+
+@cli.command()
+def api(host: Annotated[str | None, HOST] = None, port: Annotated[int | None, PORT] = None) -> None:
+    """Run the HTTP front end alone; REDIS_URL says where the queue is."""
+    import uvicorn
+
+    override(host=host, port=port)
+    chosen = settings()
+    redis_url = required_redis(chosen)
+    from app import logs
+    from app.main import create_app
+
+    logs.set_up(chosen)
+    # Streams that clients keep open would hold up a restart: after ten seconds they are cut, and resume elsewhere.
+    uvicorn.run(
+        create_app(chosen, redis_url),
+        host=chosen.host,
+        port=chosen.port,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=10,
+    )
+
+
+@cli.command()
+def worker() -> None:
+    """Run one worker; REDIS_URL says where the queue is."""
+    chosen = settings()
+    redis_url = required_redis(chosen)
+    from app import logs
+
+    logs.set_up(chosen)
+    from workers.main import run
+
+    run(chosen, redis_url)
+
+
+@cli.command()
+def generate(
+    prompt: str,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file; with --n, a number is added.")] = Path("image.png"),
+    n: Annotated[int | None, typer.Option(min=1, help="How many.")] = None,
+    model: str | None = None,
+    negative_prompt: str | None = None,
+    width: int | None = None,
+    height: int | None = None,
+    steps: Annotated[int | None, typer.Option(help="num_inference_steps")] = None,
+    guidance_scale: float | None = None,
+    scheduler: str | None = None,
+    seed: Annotated[int | None, typer.Option(help="Zero is a seed; a random one if unset.")] = None,
+    image: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="A picture to start from.")] = None,
+    mask: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="White where it is repainted.")] = None,
+    strength: float | None = None,
+    reproducible: bool = False,
+    url: Annotated[str, typer.Option(envvar="DARKROOM_URL", help="A running service.")] = "http://127.0.0.1:8000",
+    fresh: Annotated[bool, typer.Option(help="Start a service for this, even if one is running.")] = False,
+    with_parent: Annotated[bool, typer.Option(hidden=True)] = False,
+) -> None:
+    """Draw a picture: on a running service or, with none, on one that is started for it."""
+    from app.client import Client, Refused, encoded
+    from app.local import LocalService, StartFailed
+
+    end_with_parent(with_parent)
+    request = {
+        "prompt": prompt,
+        "n": n,
+        "model": model,
+        "negative_prompt": negative_prompt,
+        "width": width,
+        "height": height,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance_scale,
+        "scheduler": scheduler,
+        "seed": seed,
+        "image": encoded(image),
+        "mask": encoded(mask),
+        "strength": strength,
+        "reproducible": reproducible,
+        "output_format": output_format(output),
+    }
+    request = {name: value for name, value in request.items() if value is not None}
+    key = os.environ.get("DARKROOM_API_KEY")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        if not fresh and Client(url, key).answers():
+            Client(url, key).draw(request, output, console)
+            return
+        with tempfile.TemporaryDirectory(prefix="darkroom-", ignore_cleanup_errors=True) as directory:
+            os.environ["DARKROOM_LOG_LEVEL"] = os.environ.get("DARKROOM_LOG_LEVEL", "warning")
+            override(port=0, data_dir=Path(directory))
+            status = console.status("starting")
+            status.start()
+            with LocalService(settings(), 1, status.update) as service:
+                status.stop()
+                Client(service.url, key).draw(request, output, console)
+    except (Refused, StartFailed) as error:
+        raise SystemExit(str(error)) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+@cli.command()
+def models() -> None:
+    """List the models that there are cards for."""
+    from models.catalog import CARDS, read_cards
+
+    chosen = settings()
+    table = Table("name", "title", "tasks", "licence", "served")
+    for folder in filter(None, (CARDS, chosen.cards_dir)):
+        for card in read_cards(folder):
+            served = "yes" if card.name in chosen.models else ""
+            table.add_row(card.name, card.title, ", ".join(card.tasks), card.licence, served)
+    Console().print(table)
+
+
+def override(**given: object) -> None:
+    """Options on the command line come before the environment, here and in the processes that we start."""
+    os.environ.update({f"DARKROOM_{name.upper()}": str(value) for name, value in given.items() if value is not None})
+
+
+def end_with_parent(wanted: bool) -> None:
+    """For `make`: killed, it must not leave us behind."""
+    if wanted:
+        from app.local import die_with_parent
+
+        die_with_parent(os.getppid(), signal.SIGTERM)
+
+
+def required_redis(chosen: Settings) -> str:
+    if chosen.redis_url is None:
+        raise SystemExit("REDIS_URL is not set; `darkroom up` runs everything, a server included")
+    return chosen.redis_url
+
+
+def output_format(path: Path) -> str:
+    """By the file's name: .png, .jpg, .jpeg, .webp or .avif."""
+    suffix = path.suffix.lower().lstrip(".")
+    known = {"png": "png", "jpg": "jpeg", "jpeg": "jpeg", "webp": "webp", "avif": "avif"}
+    if suffix not in known:
+        raise typer.BadParameter(f"{path}: a picture's name ends in .png, .jpg, .webp or .avif")
+    return known[suffix]
+
+
+def main() -> None:
+    cli()
+
+
+if __name__ == "__main__":
+    main()

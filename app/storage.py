@@ -26,8 +26,8 @@ class BlobStore:
     def save(self, key: str, data: bytes) -> None:
         """Write the blob, replacing what was there.
 
-        In a directory it is written to `<key>#1` and renamed, so a reader sees the old bytes or the new ones; in S3 it is
-        one PUT: a multipart upload, when its writer is killed, leaves parts that nobody sees and somebody pays for.
+        In a directory obstore writes `<key>#1` and renames it (seen with strace; no fsync), so a reader has the old
+        bytes or the new. In S3 it is one PUT: of a multipart upload whose writer is killed, parts stay and cost.
         """
         obstore.put(self.store, key, data, use_multipart=False)
 
@@ -45,7 +45,7 @@ class BlobStore:
             obstore.delete(self.store, [blob["path"] for blob in found])
 
     def check(self) -> None:
-        """Ask the store for its topmost folders, one cheap request: it returns if the store answers, and raises if not."""
+        """List the store's topmost folders, one cheap request: returns if the store answers, raises if not."""
         obstore.list_with_delimiter(self.store)
 
 

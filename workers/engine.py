@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree  # knows tuples, dicts, and the outputs of diffusers and transformers
+from torch.utils import _pytree as torch_pytree  # knows tuples, dicts, and the outputs of diffusers and transformers
 
 from models.program import Call, Net, Program
 
@@ -188,8 +188,8 @@ def take_apart(call: Call) -> Columns:
         TypeError: an argument can be neither batched nor compared.
     """
     net, rows = call.net, call.rows
-    leaves, spec = pytree.tree_flatten(call.args)
-    names = [name for name, value in call.args.items() for _ in pytree.tree_leaves(value)]
+    leaves, spec = torch_pytree.tree_flatten(call.args)
+    names = [name for name, value in call.args.items() for _ in torch_pytree.tree_leaves(value)]
     batched, places, key = [], [], list[Any]()
     for name, leaf in zip(names, leaves, strict=True):
         if isinstance(leaf, Tensor) and name not in net.shared and (leaf.ndim == 0 or leaf.shape[0] == rows):
@@ -250,7 +250,7 @@ def run(tickets: Sequence[Ticket], places: Sequence[int], rows: int) -> list[Any
     ready = iter(columns)
     leaves = [next(ready) if leaf is BATCHED else leaf for leaf in first.columns.leaves]
     with torch.no_grad():
-        output = first.call.net.run(**pytree.tree_unflatten(leaves, first.columns.spec))
+        output = first.call.net.run(**torch_pytree.tree_unflatten(leaves, first.columns.spec))
     if torch.cuda.is_available():
         torch.cuda.synchronize()  # a step is over when its rows are there: beats, cancels and timings mean what they say
     return scatter(output, rows, [slice(place, place + t.call.rows) for place, t in zip(places, tickets, strict=True)])
@@ -258,11 +258,11 @@ def run(tickets: Sequence[Ticket], places: Sequence[int], rows: int) -> list[Any
 
 def scatter(output: Any, rows: int, parts: Sequence[slice]) -> list[Any]:
     """Each part's rows of every tensor in `output`."""
-    leaves, spec = pytree.tree_flatten(output)
+    leaves, spec = torch_pytree.tree_flatten(output)
     for leaf in leaves:
         if isinstance(leaf, Tensor) and (leaf.ndim == 0 or leaf.shape[0] != rows):
             raise TypeError(f"a net returned a tensor of shape {tuple(leaf.shape)} for {rows} rows")
     return [
-        pytree.tree_unflatten([leaf[part] if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
+        torch_pytree.tree_unflatten([leaf[part] if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
         for part in parts
     ]

@@ -1,0 +1,38 @@
+"""Structured logs: JSON for machines, colours for people. One line an event, with the generation's id wherever there is one."""
+
+import logging
+import sys
+
+import structlog
+
+from app.settings import Settings
+
+
+def set_up(settings: Settings) -> None:
+    """Route everything, the libraries' own logging included, through one format on standard error."""
+    as_json = settings.log_format == "json" or (settings.log_format == "auto" and not sys.stderr.isatty())
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    last: list[structlog.typing.Processor] = (
+        [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()] if as_json
+        else [structlog.dev.ConsoleRenderer()]
+    )  # fmt: skip
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.make_filtering_bound_logger(settings.log_level.upper()),
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last],
+        )
+    )
+    logging.basicConfig(handlers=[handler], level=settings.log_level.upper(), force=True)
+    for chatty in ("rq", "httpx2", "uvicorn.access"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)

@@ -1,0 +1,163 @@
+"""A card's weights, from wherever they are, as a diffusers pipeline ready to draw.
+
+Only safetensors are read: a pickle runs whatever code its author put into it.
+"""
+
+import inspect
+import json
+import logging
+from collections.abc import Collection, Iterator
+from pathlib import Path, PurePath
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import DiffusionPipeline
+from diffusers.loaders.single_file_utils import SingleFileComponentError
+from httpx2 import HTTPError
+from huggingface_hub import get_cached_repo_tree, snapshot_download
+from huggingface_hub.errors import CachedRepoTreeNotFoundError
+from safetensors import SafetensorError
+from torch import nn
+
+from models.catalog import WEIGHTS, Folder, Hub, ModelCard, SingleFile
+
+INDEX = "model_index.json"
+PICKLES = frozenset({".bin", ".ckpt", ".pt", ".pth"})
+UNREADABLE = (  # what the libraries raise for a source that is missing, out of reach, damaged or something else
+    OSError,
+    ValueError,
+    HTTPError,
+    CachedRepoTreeNotFoundError,
+    SafetensorError,
+    SingleFileComponentError,
+)
+
+diffusers.utils.logging.disable_progress_bar()
+transformers.utils.logging.disable_progress_bar()  # the hub's as well
+logging.getLogger("transformers.utils.import_utils").setLevel(
+    logging.ERROR
+)  # misses torchvision, which nothing here uses
+
+
+class UnsafeWeights(ValueError):
+    """A part of the model exists only as a pickle."""
+
+
+class ModelUnavailable(ValueError):
+    """The source is missing, out of reach, or not a diffusers pipeline."""
+
+
+def load_pipeline(card: ModelCard, device: str) -> DiffusionPipeline:
+    """The card's pipeline on `device`, in the card's dtype for such a device, for inference only.
+
+    Raises:
+        UnsafeWeights: the message names the pickle; nothing was loaded.
+        ModelUnavailable: the message names the card and the source.
+    """
+    dtype = getattr(torch, card.dtype.cpu if torch.device(device).type == "cpu" else card.dtype.cuda)
+    try:
+        match card.source:
+            case Folder(place=folder):
+                pipeline = from_folder(folder, dtype)
+            case SingleFile(place=file, config=config):
+                pipeline = from_single_file(file, WEIGHTS / config, dtype)
+            case Hub() as hub:
+                pipeline = from_folder(download(hub), dtype, hub.variant)
+    except UnsafeWeights:
+        raise
+    except UNREADABLE as error:
+        raise ModelUnavailable(f"{card.name}: cannot load {card.source!r}: {error}") from error
+    for module in modules(pipeline):
+        module.eval().requires_grad_(False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def resident_bytes(pipeline: DiffusionPipeline) -> int:
+    """What the pipeline's parameters and buffers occupy; a tensor that modules share counts once."""
+    tensors = (tensor for module in modules(pipeline) for tensor in (*module.parameters(), *module.buffers()))
+    return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
+
+
+def modules(pipeline: DiffusionPipeline) -> Iterator[nn.Module]:
+    return (component for component in pipeline.components.values() if isinstance(component, nn.Module))
+
+
+def from_folder(folder: Path, dtype: torch.dtype, variant: str | None = None) -> Any:
+    """A pipeline in diffusers' layout: an index, and a folder for each component."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}")
+    index = read_index(folder)
+    refuse_pickles(folder, files_in(folder), index)
+    cls = pipeline_class(index)
+    return cls.from_pretrained(folder, dtype=dtype, variant=variant, use_safetensors=True, **no_safety_checker(cls))
+
+
+def from_single_file(file: Path, config: Path, dtype: torch.dtype) -> Any:
+    """All components in one file, as the original code publishes them; `config` is a folder in diffusers' layout."""
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file {file}")
+    refuse_pickles(file.parent, [PurePath(file.name)], {})
+    if file.suffix != ".safetensors":
+        raise ValueError(f"{file} is not a .safetensors file")
+    index = read_index(config)
+    refuse_pickles(config, files_in(config), index)  # a component that the file lacks may be read from here
+    cls = pipeline_class(index)
+    checker = no_safety_checker(cls)
+    return cls.from_single_file(str(file), config=str(config), dtype=dtype, local_files_only=True, **checker)
+
+
+def download(hub: Hub) -> Path:
+    """The folder in the hub's cache with what the pipeline needs; it is enough by itself while the hub is away."""
+    snapshot = Path(snapshot_download(hub.repository, revision=hub.revision, allow_patterns=[INDEX]))
+    commit = snapshot.name  # what is judged here is what will be fetched, should the branch move meanwhile
+    files = [PurePath(file.path) for file in get_cached_repo_tree(hub.repository, revision=commit)]
+    refuse_pickles(PurePath(hub.repository), files, read_index(snapshot))
+    return Path(
+        DiffusionPipeline.download(
+            hub.repository, revision=commit, variant=hub.variant, use_safetensors=True, safety_checker=None
+        )
+    )
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The pipeline's class and components; empty if this is no pipeline."""
+    path = folder / INDEX
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def pipeline_class(index: dict[str, Any]) -> Any:
+    """The class that the index names, if it is one of diffusers' own: code that comes with weights is never run."""
+    name = str(index.get("_class_name", f"no {INDEX}"))
+    cls = getattr(diffusers, name, None)
+    if not (inspect.isclass(cls) and issubclass(cls, DiffusionPipeline)):
+        raise ValueError(f"not a pipeline of diffusers: {name}")
+    return cls
+
+
+def no_safety_checker(cls: type[DiffusionPipeline]) -> dict[str, Any]:
+    """The arguments that keep Stable Diffusion's checker from being loaded, where the class has one.
+
+    Being told that it is not required keeps diffusers from warning of its absence.
+    """
+    arguments = {"safety_checker": None, "requires_safety_checker": False}
+    return {name: value for name, value in arguments.items() if name in inspect.signature(cls.__init__).parameters}
+
+
+def files_in(folder: Path) -> list[PurePath]:
+    return [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+
+
+def refuse_pickles(place: PurePath, files: Collection[PurePath], index: dict[str, Any]) -> None:
+    """Raises UnsafeWeights if a component has pickles and no safetensors; without an index, all files are one component.
+
+    Pickles that lie beside safetensors, or outside the components, are never opened.
+    """
+    components = [name for name, value in index.items() if isinstance(value, list) and all(value)]
+    loaded = [[file for file in files if file.parts[0] == name] for name in components if name != "safety_checker"]
+    for weights in loaded if index else [files]:
+        pickles = sorted(file for file in weights if file.suffix.lower() in PICKLES)
+        if pickles and not any(file.suffix == ".safetensors" for file in weights):
+            raise UnsafeWeights(f"{place / pickles[0]} is a pickle, which can run code; convert it to safetensors")

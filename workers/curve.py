@@ -1,0 +1,106 @@
+"""How long a pass takes at each row count, measured; and from that, how wide a pass should be."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as torch_pytree
+
+from app.schemas import Parameters
+from models.families import Resident
+from models.program import Call, Net, Program
+from models.stable_diffusion import Inputs
+from workers.engine import BATCHED, take_apart
+
+CLOSE_TO_PEAK = 0.95  # a wider pass than this needs buys little throughput and costs everybody latency
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Seconds of a pass by its rows, at the model's default size."""
+
+    seconds: dict[int, float]
+
+    @property
+    def width(self) -> int:
+        """The smallest row count within 5 % of the best throughput."""
+        best = max(self.rows_per_second(rows) for rows in self.seconds)
+        return min(rows for rows in self.seconds if self.rows_per_second(rows) >= CLOSE_TO_PEAK * best)
+
+    def rows_per_second(self, rows: int) -> float:
+        return rows / self.seconds[rows]
+
+
+def warm_up(resident: Resident, max_rows: int) -> Curve:
+    """Run each net once, measure the two that matter, and set their widths. Returns the denoiser's curve."""
+    with torch.no_grad():
+        step, decode = example_calls(resident)
+        curve = measure(resident.denoiser, step, max_rows)
+        resident.denoiser.width = curve.width
+        resident.decoder.width = measure(resident.decoder, decode, max(resident.decoder.buckets)).width
+        _ = resident.colours  # fitted now, not during somebody's request
+    return curve
+
+
+def example_calls(resident: Resident) -> tuple[Call, Call]:
+    """A denoising call with guidance and the decoding call of an ordinary picture."""
+    card = resident.card
+    request = Parameters(
+        model=card.name,
+        prompt="warming up",
+        width=card.size.width,
+        height=card.size.height,
+        num_inference_steps=2,
+        guidance_scale=2.0,
+        scheduler=card.defaults.scheduler,
+        seed=0,
+    )
+    program = resident.draw(request, 0, Inputs())
+    call = run_until(program, program.send(None), resident.denoiser)
+    return call, run_until(program, call, resident.decoder)
+
+
+def run_until(program: Program, call: Call, net: Net) -> Call:
+    """Run a program by itself up to its first call of `net`."""
+    while call.net is not net:
+        call = program.send(call.net.run(**call.args))
+    return call
+
+
+def measure(net: Net, call: Call, max_rows: int, rounds: int = 3) -> Curve:
+    """The shortest pass at each bucket, up to where more rows no longer pay.
+
+    Round after round over all buckets, so that a moment's noise does not fall on one of them alone.
+    """
+    arguments: dict[int, dict[str, Any]] = {}
+    seconds: dict[int, float] = {}
+    best, since_best = 0.0, 0
+    for rows in net.buckets:
+        if rows % call.rows or (rows > max_rows and seconds) or since_best == 3:
+            continue
+        arguments[rows] = tiled(call, rows)
+        timed(net, arguments[rows])  # the first pass of a shape also prepares for it
+        seconds[rows] = timed(net, arguments[rows])
+        since_best = 0 if rows / seconds[rows] > best * (2 - CLOSE_TO_PEAK) else since_best + 1
+        best = max(best, rows / seconds[rows])
+    for _ in range(rounds - 1):
+        for rows in seconds:
+            seconds[rows] = min(seconds[rows], timed(net, arguments[rows]))
+    return Curve(seconds)
+
+
+def tiled(call: Call, rows: int) -> dict[str, Any]:
+    """The call's arguments, repeated to so many rows."""
+    columns = take_apart(call)
+    wide = iter([column.repeat(rows // call.rows, *[1] * (column.ndim - 1)) for column in columns.batched])
+    leaves = [next(wide) if leaf is BATCHED else leaf for leaf in columns.leaves]
+    return torch_pytree.tree_unflatten(leaves, columns.spec)
+
+
+def timed(net: Net, arguments: dict[str, Any]) -> float:
+    began = time.perf_counter()
+    net.run(**arguments)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - began

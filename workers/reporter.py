@@ -1,0 +1,68 @@
+"""Events, written behind the engine's back: a step never waits for Redis."""
+
+import queue
+import threading
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import redis.exceptions
+import structlog
+from redis import Redis
+
+from app import events
+
+log = structlog.get_logger()
+
+
+class Report(NamedTuple):
+    generation: str
+    name: str
+    data: dict[str, Any]
+    ttl: timedelta
+
+
+class Reporter:
+    """One thread that sends all that has come up since it last looked in one round trip, in order."""
+
+    def __init__(self, connection: "Redis"):
+        self.connection = connection
+        self.reports: queue.SimpleQueue[Report | None] = queue.SimpleQueue()
+        self.thread = threading.Thread(target=self._run, name="reporter", daemon=True)
+        self.thread.start()
+
+    def report(
+        self, generation: str, name: str, data: dict[str, Any] | None = None, ttl: timedelta = events.FORGOTTEN_AFTER
+    ) -> None:
+        self.reports.put(Report(generation, name, data or {}, ttl))
+
+    def close(self) -> None:
+        """Send what there is, and end."""
+        self.reports.put(None)
+        self.thread.join(timeout=5)
+
+    def _run(self) -> None:
+        while (first := self.reports.get()) is not None:
+            batch, last = [first], False
+            while not self.reports.empty():
+                if (report := self.reports.get()) is None:
+                    last = True
+                    break
+                batch.append(report)
+            self._send(newest(batch))
+            if last:
+                return
+
+    def _send(self, batch: list[Report]) -> None:
+        try:
+            with self.connection.pipeline(transaction=False) as pipe:
+                for report in batch:
+                    events.record(pipe, *report)
+                pipe.execute()
+        except redis.exceptions.RedisError as error:
+            log.warning("events_lost", count=len(batch), error=str(error))  # listeners fall back on the job's status
+
+
+def newest(batch: list[Report]) -> list[Report]:
+    """Without progress that later progress of the same generation has overtaken."""
+    last = {report.generation: i for i, report in enumerate(batch) if report.name == "progress"}
+    return [r for i, r in enumerate(batch) if r.name != "progress" or last[r.generation] == i]

@@ -1,0 +1,127 @@
+"""Which models are warm, and which must leave for another."""
+
+import time
+from collections.abc import Callable, Collection
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import structlog
+
+from app import metrics
+from models.catalog import Catalog, ModelCard
+from models.families import Resident
+from workers.curve import Curve, warm_up
+
+log = structlog.get_logger()
+
+MIB = 2**20
+TRY_AGAIN_AFTER = 60.0  # seconds until a model that could not be loaded is tried again
+
+
+@dataclass(eq=False)
+class Warm:
+    """A model that is ready to draw."""
+
+    resident: Resident
+    curve: Curve
+    used: float = field(default_factory=time.monotonic)
+
+    @property
+    def width(self) -> int:
+        return self.resident.denoiser.width
+
+    @property
+    def rows_per_second(self) -> float:
+        return self.curve.rows_per_second(self.width)
+
+
+class ModelUnavailable(Exception):
+    """The model cannot be loaded on this worker; the message says why."""
+
+
+class Residency:
+    """At most `budget_mib` of models; the least recently used one leaves, pinned ones stay.
+
+    Weights are read by a thread of its own while others draw; the curve is measured by the caller, between two steps, when
+    nothing else is running on the device.
+    """
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        load: Callable[[ModelCard], Resident],
+        budget_mib: float,
+        pinned: Collection[str] = (),
+        max_rows: int = 0,
+    ):
+        self.catalog, self.load, self.budget_mib, self.pinned, self.max_rows = catalog, load, budget_mib, pinned, max_rows
+        self.warm: dict[str, Warm] = {}
+        self.failed: dict[str, tuple[float, ModelUnavailable]] = {}
+        self.loading: tuple[str, Future[Resident], float] | None = None
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="load")
+
+    def get(self, model: str) -> Warm | None:
+        """The model if it is warm; marks it as used."""
+        if warm := self.warm.get(model):
+            warm.used = time.monotonic()
+        return warm
+
+    def failure(self, model: str) -> ModelUnavailable | None:
+        """Why the model cannot be had at present, if so."""
+        when, error = self.failed.get(model, (0.0, None))
+        return error if error and time.monotonic() - when < TRY_AGAIN_AFTER else None
+
+    def want(self, model: str, busy: Collection[str]) -> bool:
+        """Bring a model in, if room can be made: models in `busy` are in use. Returns whether it is under way."""
+        if self.loading or model in self.warm:
+            return True
+        card = self.catalog[model]
+        if card.memory_mib > self.budget_mib:
+            needs = f"{model} needs {card.memory_mib} MiB, this worker may use {self.budget_mib:.0f}"
+            self.failed[model] = time.monotonic(), ModelUnavailable(needs)
+            return False
+        if not self._make_room(card, busy):
+            return False
+        log.info("loading", model=model)
+        self.loading = model, self.thread.submit(self.load, card), time.perf_counter()
+        return True
+
+    def _make_room(self, card: ModelCard, busy: Collection[str]) -> bool:
+        idle = [name for name in self.warm if name not in busy and name not in self.pinned]
+        leaving: list[str] = []
+        free = self.budget_mib - sum(self.catalog[name].memory_mib for name in self.warm)
+        for name in sorted(idle, key=lambda name: self.warm[name].used):
+            if free >= card.memory_mib:
+                break
+            leaving.append(name)
+            free += self.catalog[name].memory_mib
+        if free < card.memory_mib:
+            return False
+        for name in leaving:
+            log.info("unloading", model=name, for_model=card.name)
+            del self.warm[name]
+        return True
+
+    def arrived(self) -> str | None:
+        """Take in a model whose weights have been read: measure it, and let it draw. Returns its name."""
+        if self.loading is None or not self.loading[1].done():
+            return None
+        model, future, began = self.loading
+        self.loading = None
+        try:
+            resident = future.result()
+            curve = warm_up(resident, self.max_rows or self.catalog[model].max_rows)
+        except Exception as error:  # whatever a checkpoint does wrong must not take the other models down
+            log.error("model_unavailable", model=model, exc_info=error)
+            self.failed[model] = time.monotonic(), ModelUnavailable(f"{model} cannot be loaded: {error}")
+            return None
+        self.warm[model] = warm = Warm(resident, curve)
+        took = time.perf_counter() - began
+        metrics.MODEL_LOAD.labels(model).set(took)
+        metrics.BATCH_WIDTH.labels(model).set(warm.width)
+        milliseconds = {rows: round(seconds * 1000, 1) for rows, seconds in curve.seconds.items()}
+        log.info("warm", model=model, seconds=round(took, 2), width=warm.width, milliseconds_by_rows=milliseconds)
+        return model
+
+    def close(self) -> None:
+        self.thread.shutdown(wait=False, cancel_futures=True)

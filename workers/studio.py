@@ -1,0 +1,263 @@
+"""Generations on their way through the engine: from their inputs to their stored pictures.
+
+The worker's half that knows pictures. `EngineWorker`, the half that knows RQ, asks it for room, lets generations join and
+leave, and takes outcomes.
+"""
+
+import hashlib
+import io
+import time
+from collections.abc import Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from typing import Any
+
+import structlog
+from PIL import Image
+from torch import Tensor
+
+from app import metrics
+from app.images import encode, parameters_text
+from app.schemas import Parameters
+from app.storage import BlobStore, image_key, input_key, preview_key
+from models.families import Resident
+from models.stable_diffusion import Inputs
+from workers.engine import Engine, Pass, Ticket
+from workers.reporter import Reporter
+from workers.residency import ModelUnavailable, Residency, Warm
+
+log = structlog.get_logger()
+
+REMEMBERED = 0.05  # weight of the newest measurement in a running average
+
+
+@dataclass(eq=False)
+class Drawing:
+    """One generation being drawn. `folder` is where its pictures go: another worker's attempt has another."""
+
+    id: str
+    folder: str
+    parameters: Parameters
+    resident: Resident
+    inputs: Future[Inputs]
+    tickets: list[Ticket] = field(default_factory=list)
+    stored: dict[int, Future[dict[str, Any]]] = field(default_factory=dict)
+    step: int = 0
+    began: float = field(default_factory=time.monotonic)
+    drawn: float | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows it still wants of every pass of the denoiser."""
+        if not self.tickets:
+            return rows_wanted(self.parameters)
+        return sum(t.call.rows for t in self.tickets if t.call and t.call.net is self.resident.denoiser)
+
+    @property
+    def error(self) -> Exception | None:
+        return next((ticket.error for ticket in self.tickets if ticket.error), None)
+
+
+class Studio:
+    def __init__(self, residency: Residency, blobs: BlobStore, reporter: Reporter, preview_size: int):
+        self.residency, self.blobs, self.reporter, self.preview_size = residency, blobs, reporter, preview_size
+        self.engine = Engine(self._observe)
+        self.drawings: dict[str, Drawing] = {}
+        self.files = ThreadPoolExecutor(2, thread_name_prefix="files")  # reading, encoding and storing; one core is the engine's
+        self.touched: set[Drawing] = set()
+        self.of_ticket: dict[Ticket, Drawing] = {}
+        self.speeds: dict[str, float] = {}  # rows a second, per model
+        self.costs: dict[str, float] = {}  # row steps a job, per model
+
+    # -- what the worker asks
+
+    def admits(self, model: str) -> bool:
+        """Whether a generation of this model could join now; if its model is cold, bring that in."""
+        if warm := self.residency.get(model):
+            return self._rows(model) < warm.width
+        if self.residency.failure(model):
+            return True  # to be told so
+        self.residency.want(model, busy={drawing.parameters.model for drawing in self.drawings.values()})
+        return False
+
+    def is_warm(self, model: str) -> bool:
+        return model in self.residency.warm
+
+    def ready(self, models: tuple[str, ...]) -> bool:
+        """Whether the first model is warm, or known not to be had."""
+        return self.is_warm(models[0]) or self.residency.failure(models[0]) is not None
+
+    def join(self, id: str, folder: str, parameters: Parameters) -> None:
+        """Take a generation in.
+
+        Raises:
+            ModelUnavailable: its model cannot be loaded here.
+        """
+        warm = self.residency.get(parameters.model)
+        if warm is None:
+            raise self.residency.failure(parameters.model) or ModelUnavailable(f"{parameters.model} is not loaded")
+        drawing = Drawing(id, folder, parameters, warm.resident, self.files.submit(self._read, id, parameters))
+        self.drawings[id] = drawing
+        cost = parameters.n * parameters.num_inference_steps * (2 if parameters.guidance_scale > 1 else 1)
+        self.costs[parameters.model] = averaged(self.costs.get(parameters.model), cost)
+        if parameters.image is None:
+            self._begin(drawing)
+
+    def leave(self, id: str) -> None:
+        """Nobody wants it any more; its rows are free for the next pass."""
+        if drawing := self.drawings.pop(id, None):
+            for ticket in drawing.tickets:
+                self.of_ticket.pop(ticket, None)
+                self.engine.cancel(ticket)
+
+    def step(self) -> Mapping[str, Any]:
+        """One pass of the engine, or, if it has nothing to run, wait for files. Returns what ended: a result or an exception."""
+        for drawing in self.drawings.values():
+            if not drawing.tickets and drawing.inputs.done():
+                self._begin(drawing)
+        if self.engine:
+            for ticket in self.engine.step():
+                self._drawn(ticket)
+            self._report()
+        else:
+            self._await_files()
+        return {drawing.id: outcome for drawing in self.drawings.values() if (outcome := self._outcome(drawing)) is not None}
+
+    def paces(self) -> dict[str, tuple[float, float]]:
+        """For each warm model: rows a second through the denoiser, and what a job costs in rows."""
+        return {
+            model: (self.speeds.get(model, warm.rows_per_second), self.costs.get(model, typical_cost(warm)))
+            for model, warm in self.residency.warm.items()
+        }
+
+    def close(self) -> None:
+        self.files.shutdown(wait=True)
+        self.residency.close()
+
+    # -- a generation's way
+
+    def _read(self, id: str, parameters: Parameters) -> Inputs:
+        def picture(field: str) -> Image.Image | None:
+            if getattr(parameters, field) is None:
+                return None
+            image = Image.open(io.BytesIO(self.blobs.open(input_key(id, field))))
+            return image.resize((parameters.width, parameters.height), Image.Resampling.LANCZOS)
+
+        return Inputs(picture("image"), picture("mask"))
+
+    def _begin(self, drawing: Drawing) -> None:
+        r = drawing.parameters
+        for i in range(r.n):
+            seed = r.seed + i
+            program = drawing.resident.draw(r, seed, drawing.inputs.result())
+            ticket = self.engine.submit(program, seat=seed if r.reproducible else None)
+            drawing.tickets.append(ticket)
+            self.of_ticket[ticket] = drawing
+            if ticket.done:
+                self._drawn(ticket)
+
+    def _drawn(self, ticket: Ticket) -> None:
+        drawing = self.of_ticket.pop(ticket)
+        self.touched.add(drawing)
+        index = drawing.tickets.index(ticket)
+        if ticket.result is not None:
+            drawing.stored[index] = self.files.submit(self._store, drawing, index, ticket.result)
+        if all(t.done for t in drawing.tickets):
+            drawing.drawn = time.monotonic()
+
+    def _store(self, drawing: Drawing, index: int, picture: Tensor) -> dict[str, Any]:
+        """Encode and save one picture; what is kept of it in Redis."""
+        r, seed = drawing.parameters, drawing.parameters.seed + index
+        pixels = (picture.permute(1, 2, 0) * 255).round().byte().numpy()
+        with metrics.STAGE.labels("encode_file").time():
+            data = encode(pixels, r.output_format, parameters_text(r, seed))
+        key = image_key(drawing.folder, index, r.output_format)
+        with metrics.STAGE.labels("store_file").time():
+            self.blobs.save(key, data)
+        metrics.IMAGES.labels(r.output_format).inc()
+        height, width = pixels.shape[:2]
+        etag = hashlib.sha256(data).hexdigest()
+        return {"key": key, "seed": seed, "width": width, "height": height, "format": r.output_format, "etag": etag}
+
+    def _outcome(self, drawing: Drawing) -> Any:
+        if not drawing.tickets:
+            return drawing.inputs.exception() if drawing.inputs.done() else None
+        if drawing.error:
+            return drawing.error
+        if not all(t.done for t in drawing.tickets) or not all(f.done() for f in drawing.stored.values()):
+            return None
+        if failed := next((e for f in drawing.stored.values() if (e := f.exception())), None):
+            return failed
+        drawn = drawing.drawn or drawing.began
+        return {
+            "images": [drawing.stored[i].result() for i in range(drawing.parameters.n)],
+            "steps": drawing.tickets[0].at[1] if drawing.tickets[0].at else None,
+            "timings": {"drawing": drawn - drawing.began, "encoding": time.monotonic() - drawn},
+            "warnings": drawing.resident.warnings(drawing.parameters),
+        }
+
+    def _await_files(self) -> None:
+        pending = [f for d in self.drawings.values() for f in (d.inputs, *d.stored.values()) if not f.done()]
+        wait(pending, timeout=1, return_when=FIRST_COMPLETED)
+
+    # -- what others see of it
+
+    def _report(self) -> None:
+        for drawing in self.touched:
+            at = [ticket.at for ticket in drawing.tickets if ticket.at]
+            step, steps = min(at, default=(0, 0))
+            if step > drawing.step and drawing.id in self.drawings:
+                drawing.step = step
+                self.reporter.report(drawing.id, "progress", {"step": step, "steps": steps})
+                every = drawing.parameters.preview_every
+                if every and step % every == 0 and step < steps:
+                    self._preview(drawing, step, steps)
+        self.touched.clear()
+
+    def _preview(self, drawing: Drawing, step: int, steps: int) -> None:
+        for index, ticket in enumerate(drawing.tickets):
+            if ticket.estimate is not None and not ticket.done:
+                self.files.submit(self._show, drawing, index, ticket.estimate, step, steps)
+
+    def _show(self, drawing: Drawing, index: int, estimate: Tensor, step: int, steps: int) -> None:
+        picture = Image.fromarray(drawing.resident.colours.paint(estimate).numpy())
+        r = drawing.parameters
+        scale = min(1.0, self.preview_size / max(r.width, r.height))
+        picture = picture.resize((round(r.width * scale), round(r.height * scale)), Image.Resampling.BICUBIC)
+        self.blobs.save(preview_key(drawing.id, index, step), encode(picture, "webp", ""))
+        url = f"/v1/generations/{drawing.id}/previews/{index}/{step}"
+        self.reporter.report(drawing.id, "preview", {"step": step, "steps": steps, "index": index, "url": url})
+
+    def _observe(self, done: Pass) -> None:
+        """After each pass: whom it moved on, and how fast."""
+        metrics.STAGE.labels(done.net.name).observe(done.seconds)
+        drawings = {self.of_ticket[t] for t in done.tickets if t in self.of_ticket}
+        self.touched |= drawings
+        if not drawings:
+            return
+        resident = next(iter(drawings)).resident
+        if done.net is resident.denoiser:
+            model = resident.card.name
+            metrics.BATCH_ROWS.labels(model).observe(done.rows)
+            metrics.STEPS.labels(model).inc(done.calls)
+            if done.rows >= done.net.width:  # a full pass: what the pace of a busy worker is made of
+                self.speeds[model] = averaged(self.speeds.get(model), done.rows / done.seconds)
+
+    def _rows(self, model: str) -> int:
+        return sum(drawing.rows for drawing in self.drawings.values() if drawing.parameters.model == model)
+
+
+def rows_wanted(r: Parameters) -> int:
+    return r.n * (2 if r.guidance_scale > 1 else 1)
+
+
+def averaged(before: float | None, now: float) -> float:
+    return now if before is None else before + REMEMBERED * (now - before)
+
+
+def typical_cost(warm: Warm) -> float:
+    """Row steps of a job with the card's defaults."""
+    defaults = warm.resident.card.defaults
+    return defaults.num_inference_steps * (2 if defaults.guidance_scale > 1 else 1)
+
+
