@@ -26,10 +26,10 @@ setup: .venv/.done
 	@touch $@
 
 demo: setup
-	@.venv/bin/darkroom generate "$(PROMPT)" -o apple.png --fresh
+	@.venv/bin/darkroom generate "$(PROMPT)" -o image.png --fresh --with-parent
 
 up: setup
-	@exec .venv/bin/darkroom up
+	@.venv/bin/darkroom up --with-parent
 
 test: setup
 	@.venv/bin/pytest

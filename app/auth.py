@@ -14,9 +14,7 @@ EVERYBODY = "everybody"  # the owner of all generations where no keys are set
 bearer = HTTPBearer(auto_error=False, description="Needed where the service has API keys.")
 
 
-def owner(
-    request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)] = None
-) -> str:
+def owner(request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)] = None) -> str:
     """The name of the caller's key.
 
     Raises:

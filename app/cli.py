@@ -11,9 +11,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from app.settings import Settings, settings
+from app.settings import Settings, read_settings
 
-cli = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Pictures from guided diffusion models, over HTTP.")
+cli = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Pictures from guided diffusion models, over HTTP.",
+)
 console = Console(stderr=True)
 
 HOST = typer.Option(help="Address to listen on.", show_default="127.0.0.1")
@@ -32,14 +37,16 @@ def up(
     from app.local import LocalService, StartFailed
 
     end_with_parent(with_parent)
-    override(host=host, port=port, data_dir=data_dir)
+    settings = read_settings(host=host, port=port, data_dir=data_dir)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         status = console.status("starting")
         status.start()
-        with LocalService(settings(), workers, status.update) as service:
+        with LocalService(settings, workers, status.update) as service:
             status.stop()
-            console.print(f"[bold green]ready[/] {service.url} · interactive docs at {service.url}/docs · Ctrl-C stops it")
+            console.print(
+                f"[bold green]ready[/] {service.url} · interactive docs at {service.url}/docs · Ctrl-C stops it"
+            )
             service.watch()
     except KeyboardInterrupt:
         console.print("stopped")
@@ -52,18 +59,17 @@ def api(host: Annotated[str | None, HOST] = None, port: Annotated[int | None, PO
     """Run the HTTP front end alone; REDIS_URL says where the queue is."""
     import uvicorn
 
-    override(host=host, port=port)
-    chosen = settings()
-    redis_url = required_redis(chosen)
+    settings = read_settings(host=host, port=port)
+    redis_url = required_redis(settings)
     from app import logs
     from app.main import create_app
 
-    logs.set_up(chosen)
+    logs.set_up(settings)
     # Streams that clients keep open would hold up a restart: after ten seconds they are cut, and resume elsewhere.
     uvicorn.run(
-        create_app(chosen, redis_url),
-        host=chosen.host,
-        port=chosen.port,
+        create_app(settings, redis_url),
+        host=settings.host,
+        port=settings.port,
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=10,
@@ -73,20 +79,22 @@ def api(host: Annotated[str | None, HOST] = None, port: Annotated[int | None, PO
 @cli.command()
 def worker() -> None:
     """Run one worker; REDIS_URL says where the queue is."""
-    chosen = settings()
-    redis_url = required_redis(chosen)
+    settings = read_settings()
+    redis_url = required_redis(settings)
     from app import logs
 
-    logs.set_up(chosen)
+    logs.set_up(settings)
     from workers.main import run
 
-    run(chosen, redis_url)
+    run(settings, redis_url)
 
 
 @cli.command()
 def generate(
     prompt: str,
-    output: Annotated[Path, typer.Option("--output", "-o", help="The file; with --n, a number is added.")] = Path("image.png"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file; with --n, a number is added.")] = Path(
+        "image.png"
+    ),
     n: Annotated[int | None, typer.Option(min=1, help="How many.")] = None,
     model: str | None = None,
     negative_prompt: str | None = None,
@@ -134,11 +142,11 @@ def generate(
             Client(url, key).draw(request, output, console)
             return
         with tempfile.TemporaryDirectory(prefix="darkroom-", ignore_cleanup_errors=True) as directory:
-            os.environ["DARKROOM_LOG_LEVEL"] = os.environ.get("DARKROOM_LOG_LEVEL", "warning")
-            override(port=0, data_dir=Path(directory))
+            quiet = None if "DARKROOM_LOG_LEVEL" in os.environ else "warning"
+            settings = read_settings(port=0, data_dir=Path(directory), log_level=quiet)
             status = console.status("starting")
             status.start()
-            with LocalService(settings(), 1, status.update) as service:
+            with LocalService(settings, 1, status.update) as service:
                 status.stop()
                 Client(service.url, key).draw(request, output, console)
     except (Refused, StartFailed) as error:
@@ -152,18 +160,13 @@ def models() -> None:
     """List the models that there are cards for."""
     from models.catalog import CARDS, read_cards
 
-    chosen = settings()
+    settings = read_settings()
     table = Table("name", "title", "tasks", "licence", "served")
-    for folder in filter(None, (CARDS, chosen.cards_dir)):
+    for folder in filter(None, (CARDS, settings.cards_dir)):
         for card in read_cards(folder):
-            served = "yes" if card.name in chosen.models else ""
+            served = "yes" if card.name in settings.models else ""
             table.add_row(card.name, card.title, ", ".join(card.tasks), card.licence, served)
     Console().print(table)
-
-
-def override(**given: object) -> None:
-    """Options on the command line come before the environment, here and in the processes that we start."""
-    os.environ.update({f"DARKROOM_{name.upper()}": str(value) for name, value in given.items() if value is not None})
 
 
 def end_with_parent(wanted: bool) -> None:
@@ -174,10 +177,10 @@ def end_with_parent(wanted: bool) -> None:
         die_with_parent(os.getppid(), signal.SIGTERM)
 
 
-def required_redis(chosen: Settings) -> str:
-    if chosen.redis_url is None:
+def required_redis(settings: Settings) -> str:
+    if settings.redis_url is None:
         raise SystemExit("REDIS_URL is not set; `darkroom up` runs everything, a server included")
-    return chosen.redis_url
+    return settings.redis_url
 
 
 def output_format(path: Path) -> str:

@@ -44,11 +44,18 @@ class Client:
             path.write_bytes(self._checked(self.http.get(image["url"])).content)
         took = time.perf_counter() - began
         for path, image in zip(paths, generation["images"], strict=True):
-            console.print(f"[bold]{path}[/] · {image['width']}×{image['height']} · seed {image['seed']}", highlight=False)
+            console.print(
+                f"[bold]{path}[/] · {image['width']}×{image['height']} · seed {image['seed']}", highlight=False
+            )
         console.print(f"{took:.2f} s from request to file", highlight=False)
 
     def _watch(self, id: str, console: Console) -> dict[str, Any]:
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[steps]}"), TimeElapsedColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[steps]}"),
+            TimeElapsedColumn(),
+        )
         with (
             Progress(*columns, console=console, transient=False) as bar,
             self.http.stream("GET", f"/v1/generations/{id}/events", timeout=None) as response,

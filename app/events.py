@@ -25,7 +25,9 @@ def stream(generation: str) -> str:
     return f"darkroom:events:{generation}"
 
 
-def record(pipe: Pipeline, generation: str, name: str, data: dict[str, Any] | None = None, ttl: timedelta = FORGOTTEN_AFTER):
+def record(
+    pipe: Pipeline, generation: str, name: str, data: dict[str, Any] | None = None, ttl: timedelta = FORGOTTEN_AFTER
+):
     """Append an event; the caller executes the pipeline."""
     key = stream(generation)
     pipe.xadd(key, {"event": name, "data": json.dumps(data or {})}, maxlen=LONGEST, approximate=True)
@@ -58,5 +60,3 @@ async def follow(connection: "redis.asyncio.Redis", generation: str, after: str 
             yield event
             if event.name in ENDED:
                 return
-
-

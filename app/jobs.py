@@ -26,7 +26,17 @@ from rq.utils import utcformat, utcparse
 from app import events, metrics
 from app.errors import IdempotencyConflict, InvalidRequest, NotCancelable, NotFound, QueueFull
 from app.images import png_bytes, read_image, read_mask
-from app.schemas import Failure, Generation, GenerationList, GenerationRequest, Image, Parameters, Priority, Progress, merged
+from app.schemas import (
+    Failure,
+    Generation,
+    GenerationList,
+    GenerationRequest,
+    Image,
+    Parameters,
+    Priority,
+    Progress,
+    merged,
+)
 from app.settings import Settings
 from app.storage import BlobStore, input_key
 from models.catalog import Catalog, ModelCard
@@ -106,7 +116,9 @@ class Jobs:
 
     # -- in
 
-    def submit(self, request: GenerationRequest, owner: str, idempotency_key: str | None = None) -> tuple[Generation, bool]:
+    def submit(
+        self, request: GenerationRequest, owner: str, idempotency_key: str | None = None
+    ) -> tuple[Generation, bool]:
         """Queue a generation; returns it, and whether this is the replay of an earlier answer.
 
         Raises:
@@ -137,7 +149,9 @@ class Jobs:
         if request.model is None:
             return self.catalog.default
         if request.model not in self.catalog:
-            raise InvalidRequest([("model", f"there is no {request.model!r}; there are {', '.join(self.catalog.names)}")])
+            raise InvalidRequest(
+                [("model", f"there is no {request.model!r}; there are {', '.join(self.catalog.names)}")]
+            )
         return self.catalog[request.model]
 
     def _pictures(self, request: GenerationRequest) -> dict[str, bytes]:
@@ -163,7 +177,9 @@ class Jobs:
 
     def _enqueue(self, id: str, parameters: Parameters, owner: str, token: "Token | None" = None) -> str | None:
         """All of it or nothing. Returns the id of the generation that had this idempotency key first, if any."""
-        queue = Queue(queue_name(parameters.model, parameters.priority), connection=self.connection, serializer=JSONSerializer)
+        queue = Queue(
+            queue_name(parameters.model, parameters.priority), connection=self.connection, serializer=JSONSerializer
+        )
         ttl = self.settings.result_ttl
         job = Job.create(
             "darkroom.generate",
@@ -266,7 +282,13 @@ class Jobs:
         return position, seconds_for(position, paces, row_steps(parameters))
 
     def list(
-        self, owner: str, *, cursor: str | None = None, limit: int = 20, status: str | None = None, model: str | None = None
+        self,
+        owner: str,
+        *,
+        cursor: str | None = None,
+        limit: int = 20,
+        status: str | None = None,
+        model: str | None = None,
     ) -> GenerationList:
         """Newest first. Filters apply before the limit."""
         if cursor is not None and not is_id(cursor):
@@ -326,9 +348,7 @@ class Jobs:
             executions = [events.text(e) for e in pipe.zrange(ExecutionRegistry(id, self.connection).key, 0, -1)]
             pipe.multi()
             kept = (json.loads(meta) if meta else {}) | {"outcome": outcome}
-            pipe.hset(
-                key, mapping={"status": JobStatus.CANCELED.value, "ended_at": now(), "meta": json.dumps(kept)}
-            )
+            pipe.hset(key, mapping={"status": JobStatus.CANCELED.value, "ended_at": now(), "meta": json.dumps(kept)})
             pipe.lrem(queue.key, 0, id)
             for execution in executions:
                 lease = Execution(execution, id, self.connection)
@@ -430,7 +450,11 @@ def parse_record(fields: list[bytes | None], last: list[events.Event]) -> Record
 
 
 def overdue(record: Record) -> bool:
-    return record.status in ("queued", "running") and record.expires_at is not None and datetime.now(UTC) > record.expires_at
+    return (
+        record.status in ("queued", "running")
+        and record.expires_at is not None
+        and datetime.now(UTC) > record.expires_at
+    )
 
 
 def progress(record: Record) -> Progress | None:
@@ -482,5 +506,3 @@ def seconds_for(ahead: int, paces: list[bytes], own: float = 0.0) -> float | Non
 
 def now() -> str:
     return utcformat(datetime.now(UTC))
-
-

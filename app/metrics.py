@@ -22,9 +22,14 @@ STAGE = Histogram(
     ["stage"],
     buckets=SECONDS,
 )
-BATCH_ROWS = Histogram("darkroom_batch_rows", "Rows that requests had in a pass of the denoiser", ["model"], buckets=ROWS)
+BATCH_ROWS = Histogram(
+    "darkroom_batch_rows", "Rows that requests had in a pass of the denoiser", ["model"], buckets=ROWS
+)
 BATCH_WIDTH = Gauge(
-    "darkroom_batch_width_rows", "Rows a pass may have, from the curve measured at warm-up", ["model"], multiprocess_mode="max"
+    "darkroom_batch_width_rows",
+    "Rows a pass may have, from the curve measured at warm-up",
+    ["model"],
+    multiprocess_mode="max",
 )
 STEPS = Counter("darkroom_steps", "Denoising steps of pictures", ["model"])
 IMAGES = Counter("darkroom_images", "Pictures stored", ["format"])
@@ -32,7 +37,9 @@ RUNNING = Gauge("darkroom_jobs_running", "Generations that a worker holds", ["mo
 MODEL_LOAD = Gauge("darkroom_model_load_seconds", "Loading and warming up", ["model"], multiprocess_mode="max")
 MEMORY = Gauge("darkroom_gpu_memory_bytes", "Allocated on the device", ["device"], multiprocess_mode="livesum")
 HEARTBEAT = Gauge(
-    "darkroom_worker_last_heartbeat_seconds", "When the worker last renewed its leases, since the epoch", multiprocess_mode="max"
+    "darkroom_worker_last_heartbeat_seconds",
+    "When the worker last renewed its leases, since the epoch",
+    multiprocess_mode="max",
 )
 BUILD = Gauge("darkroom_build_info", "1, with the versions as labels", ["version", "python"], multiprocess_mode="max")
 
@@ -49,7 +56,9 @@ class Waiting(Collector):
 
     def collect(self) -> Iterable[Metric]:
         depth = GaugeMetricFamily("darkroom_queue_depth", "Generations waiting", labels=["queue"])
-        oldest = GaugeMetricFamily("darkroom_queue_oldest_seconds", "Age of the one that waits longest", labels=["queue"])
+        oldest = GaugeMetricFamily(
+            "darkroom_queue_oldest_seconds", "Age of the one that waits longest", labels=["queue"]
+        )
         for queue, (length, seconds) in self.queues().items():
             depth.add_metric([queue], length)
             oldest.add_metric([queue], seconds)

@@ -22,7 +22,9 @@ class GenerationRequest(BaseModel):
     prompt: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=10_000)] = Field(
         description="What to draw. What exceeds the model's text encoder is cut, and `warnings` says what was."
     )
-    negative_prompt: str = Field("", max_length=10_000, description="What to steer away from; needs guidance_scale > 1.")
+    negative_prompt: str = Field(
+        "", max_length=10_000, description="What to steer away from; needs guidance_scale > 1."
+    )
     n: int = Field(1, ge=1, description="How many pictures; picture i has the seed `seed + i`.")
     width: int | None = Field(None, ge=1, description="Pixels.")
     height: int | None = Field(None, ge=1, description="Pixels.")

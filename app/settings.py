@@ -2,9 +2,8 @@
 
 import os
 from datetime import timedelta
-from functools import lru_cache
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
@@ -16,10 +15,12 @@ FROM_THE_CLIENT_SIDE = {"DARKROOM_URL", "DARKROOM_API_KEY"}  # read by `darkroom
 class Settings(BaseSettings):
     """Names are upper-cased and prefixed: `host` is read from `DARKROOM_HOST`. Durations are seconds or ISO 8601."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, env_ignore_empty=True)
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, env_ignore_empty=True, populate_by_name=True)
 
     # Where things are
-    redis_url: str | None = Field(None, validation_alias="REDIS_URL")  # none: an embedded Valkey, so that `up` needs no server
+    redis_url: str | None = Field(
+        None, validation_alias="REDIS_URL"
+    )  # none: an embedded Valkey, so that `up` needs no server
     data_dir: Path = Path("data")  # the embedded server's files, the default blob store and the metrics' files
     blob_url: str | None = None  # none: `<data_dir>/blobs`; `s3://bucket/prefix` when there is more than one machine
     cards_dir: Path | None = None  # more model cards (*.toml), for models of your own
@@ -34,7 +35,9 @@ class Settings(BaseSettings):
     # HTTP
     host: str = "127.0.0.1"  # nobody but this machine, until API keys or a proxy are in place
     port: int = Field(8000, ge=0, le=65535)  # 0: any free port
-    api_keys: Annotated[tuple[tuple[str, str], ...], NoDecode] = ()  # name=sha256-of-key,…; none: open, for a single user
+    api_keys: Annotated[
+        tuple[tuple[str, str], ...], NoDecode
+    ] = ()  # name=sha256-of-key,…; none: open, for a single user
     max_body_mib: float = Field(25, gt=0)  # two 4-megapixel PNGs as base64 fit
     max_image_pixels: int = Field(16_777_216, gt=0)  # 4096 × 4096: decoding more would take the API's memory
     max_wait: timedelta = timedelta(seconds=60)  # `Prefer: wait` never outlasts the usual proxy timeout
@@ -47,11 +50,17 @@ class Settings(BaseSettings):
     max_attempts: int = Field(3, ge=1)  # one for the request, two for workers that die under it
 
     # Workers
-    lease: int = Field(30, ge=2)  # seconds without a sign of life until another worker takes over; more than the slowest step
-    warm_bonus: float = Field(10, ge=0)  # seconds that a job for a warm model may overtake one whose model must be loaded
+    lease: int = Field(
+        30, ge=2
+    )  # seconds without a sign of life until another worker takes over; more than the slowest step
+    warm_bonus: float = Field(
+        10, ge=0
+    )  # seconds that a job for a warm model may overtake one whose model must be loaded
     max_rows: int = Field(0, ge=0)  # widest forward pass tried at warm-up; 0: the card's figure
     preview_size: int = Field(256, ge=16)  # longest side of a preview in pixels
-    worker_port: int = Field(0, ge=0, le=65535)  # /livez, /readyz and /metrics of a worker; 0: none (`up` shares the API's)
+    worker_port: int = Field(
+        0, ge=0, le=65535
+    )  # /livez, /readyz and /metrics of a worker; 0: none (`up` shares the API's)
 
     log_format: str = Field("auto", pattern="^(auto|json|console)$")  # auto: json unless a person is watching
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$")
@@ -79,10 +88,28 @@ class Settings(BaseSettings):
                 raise ValueError("each key is name=<64 hex digits>, the SHA-256 of the key (never the key itself)")
         return tuple((name, digest.lower()) for name, digest in pairs)
 
+    def environment(self) -> dict[str, str]:
+        """What was set, as variables for another process."""
+        written = {name: as_text(getattr(self, name)) for name in self.model_fields_set - {"redis_url"}}
+        return {f"{PREFIX}{name.upper()}": text for name, text in written.items() if text is not None}
+
     @property
     def blobs(self) -> str:
         """The blob store's URL."""
         return self.blob_url or (self.data_dir / "blobs").absolute().as_uri()
+
+
+def as_text(value: Any) -> str | None:
+    """A setting's value as its variable would hold it."""
+    match value:
+        case None:
+            return None
+        case timedelta():
+            return str(value.total_seconds())
+        case tuple():
+            return ",".join("=".join(entry) if isinstance(entry, tuple) else entry for entry in value)
+        case _:
+            return str(value)
 
 
 def unknown_variables(environment: dict[str, str]) -> list[str]:
@@ -91,16 +118,15 @@ def unknown_variables(environment: dict[str, str]) -> list[str]:
     return sorted(name for name in environment if name.startswith(PREFIX) and name not in known)
 
 
-@lru_cache(maxsize=1)
-def settings() -> Settings:
-    """The settings of this process.
+def read_settings(**given: Any) -> Settings:
+    """The settings of this process: what is given here, then the environment, then the defaults.
 
     Raises:
-        SystemExit: a variable is unknown or its value is wrong; the message names it.
+        SystemExit: a variable is unknown or a value is wrong; the message names it.
     """
     if unknown := unknown_variables(dict(os.environ)):
         raise SystemExit(f"unknown setting: {', '.join(unknown)}")
     try:
-        return Settings()
+        return Settings(**{name: value for name, value in given.items() if value is not None})
     except ValueError as error:
         raise SystemExit(f"wrong setting: {error}") from None

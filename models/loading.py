@@ -117,7 +117,11 @@ def download(hub: Hub) -> Path:
     refuse_pickles(PurePath(hub.repository), files, read_index(snapshot))
     return Path(
         DiffusionPipeline.download(
-            hub.repository, revision=commit, variant=hub.variant, use_safetensors=True, safety_checker=None
+            hub.repository,
+            revision=commit,
+            variant=hub.variant,
+            use_safetensors=True,
+            safety_checker=None,  # ignored by classes without one
         )
     )
 
@@ -151,7 +155,7 @@ def files_in(folder: Path) -> list[PurePath]:
 
 
 def refuse_pickles(place: PurePath, files: Collection[PurePath], index: dict[str, Any]) -> None:
-    """Raises UnsafeWeights if a component has pickles and no safetensors; without an index, all files are one component.
+    """Raises UnsafeWeights if a component has only pickles; without an index, all files are one component.
 
     Pickles that lie beside safetensors, or outside the components, are never opened.
     """

@@ -51,7 +51,9 @@ class Sampler(Protocol):
     def scale(self, i: int) -> float: ...  # of the sample on its way into the net
     def coefficients(self, i: int) -> Tensor: ...  # [7], of the update inside the net call
     def noise(self, i: int, like: Tensor, rng: torch.Generator) -> Tensor: ...  # drawn just when the scheduler would
-    def settle(self, i: int, x: Tensor, e: Tensor, updated: Tensor, rng: torch.Generator) -> Tensor: ...  # the next sample
+    def settle(
+        self, i: int, x: Tensor, e: Tensor, updated: Tensor, rng: torch.Generator
+    ) -> Tensor: ...  # the next sample
     def add_noise(self, i: int, x0: Tensor, noise: Tensor) -> Tensor: ...  # x0 as it looks at timestep i
     def estimate(self, i: int, x: Tensor, e: Tensor) -> Tensor: ...  # x0, judged from timestep i
 

@@ -35,27 +35,27 @@ def test_the_shipped_model_draws_a_picture():
 )
 def test_a_folder_draws_as_the_pipeline_that_was_saved(make: Callable[[], Any], tmp_path: Path):
     original = make()
-    loaded = load_pipeline(from_folder(tiny.save(original, tmp_path)), "cpu")
+    loaded = load_pipeline(folder_card(tiny.save(original, tmp_path)), "cpu")
     assert type(loaded) is type(original)
     np.testing.assert_allclose(draw(loaded), draw(original), atol=1e-5)
 
 
 def test_a_single_file_draws_as_the_folder_it_was_made_of(saved: Path, tmp_path: Path):
-    original: Any = load_pipeline(from_folder(saved), "cpu")
+    original: Any = load_pipeline(folder_card(saved), "cpu")
     save_file(original_format(original), tmp_path / "tiny.safetensors")
     config = without_weights(saved, tmp_path / "config")
-    loaded = load_pipeline(from_file(tmp_path / "tiny.safetensors", config), "cpu")
+    loaded = load_pipeline(file_card(tmp_path / "tiny.safetensors", config), "cpu")
     np.testing.assert_allclose(draw(loaded), draw(original), atol=1e-5)
 
 
 def test_a_loaded_pipeline_is_for_inference_only(saved: Path):
-    for module in modules(load_pipeline(from_folder(saved), "cpu")):
+    for module in modules(load_pipeline(folder_card(saved), "cpu")):
         assert not module.training
         assert not any(parameter.requires_grad for parameter in module.parameters())
 
 
 def test_weights_take_the_dtype_of_the_card(saved: Path):
-    half = from_folder(saved).model_copy(update={"dtype": Dtype(cpu="bfloat16")})
+    half = folder_card(saved).model_copy(update={"dtype": Dtype(cpu="bfloat16")})
     dtypes = {tensor.dtype for module in modules(load_pipeline(half, "cpu")) for tensor in module.parameters()}
     assert dtypes == {torch.bfloat16}
 
@@ -79,7 +79,7 @@ def test_the_safety_checker_is_not_loaded(saved: Path, tmp_path: Path):
     )
     (folder / "safety_checker").mkdir()
     (folder / "safety_checker" / "pytorch_model.bin").write_bytes(b"a pickle")
-    pipeline: Any = load_pipeline(from_folder(folder), "cpu")
+    pipeline: Any = load_pipeline(folder_card(folder), "cpu")
     assert pipeline.safety_checker is None
 
 
@@ -90,20 +90,20 @@ def test_a_folder_with_a_component_only_as_a_pickle_is_refused(saved: Path, tmp_
     folder = shutil.copytree(saved, tmp_path / "model")
     pickled(folder / "text_encoder")
     with pytest.raises(UnsafeWeights, match=r"model/text_encoder/model\.bin"):
-        load_pipeline(from_folder(folder), "cpu")
+        load_pipeline(folder_card(folder), "cpu")
 
 
 def test_a_folder_that_holds_nothing_but_a_checkpoint_is_refused(tmp_path: Path):
     (tmp_path / "v1-5.ckpt").write_bytes(b"a pickle")
     with pytest.raises(UnsafeWeights, match=r"v1-5\.ckpt"):
-        load_pipeline(from_folder(tmp_path), "cpu")
+        load_pipeline(folder_card(tmp_path), "cpu")
 
 
 def test_pickles_beside_safetensors_do_no_harm(saved: Path, tmp_path: Path):
     folder = shutil.copytree(saved, tmp_path / "model")
     (folder / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"a pickle")
     (folder / "v1-5.ckpt").write_bytes(b"a pickle")
-    assert draw(load_pipeline(from_folder(folder), "cpu")).std() > 0
+    assert draw(load_pipeline(folder_card(folder), "cpu")).std() > 0
 
 
 @pytest.mark.parametrize("suffix", [".ckpt", ".pt", ".pth", ".bin", ".CKPT"])
@@ -111,7 +111,7 @@ def test_a_single_file_that_is_a_pickle_is_refused(suffix: str, saved: Path, tmp
     file = tmp_path / f"model{suffix}"
     file.write_bytes(b"a pickle")
     with pytest.raises(UnsafeWeights, match=re.escape(file.name)):
-        load_pipeline(from_file(file, saved), "cpu")
+        load_pipeline(file_card(file, saved), "cpu")
 
 
 def test_a_single_file_is_not_completed_from_pickles(saved: Path, tmp_path: Path):
@@ -119,7 +119,7 @@ def test_a_single_file_is_not_completed_from_pickles(saved: Path, tmp_path: Path
     config = without_weights(saved, tmp_path / "config")
     (config / "unet" / "diffusion_pytorch_model.bin").write_bytes(b"a pickle")
     with pytest.raises(UnsafeWeights, match=r"unet/diffusion_pytorch_model\.bin"):
-        load_pipeline(from_file(tmp_path / "tiny.safetensors", config), "cpu")
+        load_pipeline(file_card(tmp_path / "tiny.safetensors", config), "cpu")
 
 
 @pytest.mark.parametrize("name", ["pipeline.py", "None.py", "unet/mine.py"])
@@ -131,20 +131,20 @@ def test_code_that_comes_with_weights_is_never_run(name: str, saved: Path, tmp_p
     if name == "unet/mine.py":
         edit_index(folder, unet=["mine", "Mine"])
     with pytest.raises(ModelUnavailable):
-        load_pipeline(from_folder(folder), "cpu")
+        load_pipeline(folder_card(folder), "cpu")
     assert not (tmp_path / "it ran").exists()
 
 
 def test_what_is_missing_is_named_with_its_card(tmp_path: Path):
     missing = tmp_path / "missing"
-    for card in (from_folder(missing), from_file(missing, tmp_path)):
+    for card in (folder_card(missing), file_card(missing, tmp_path)):
         with pytest.raises(ModelUnavailable, match=f"tiny: .*{missing}"):
             load_pipeline(card, "cpu")
 
 
 def test_a_folder_without_an_index_is_no_model(tmp_path: Path):
     with pytest.raises(ModelUnavailable, match=r"tiny: .*model_index\.json"):
-        load_pipeline(from_folder(tmp_path), "cpu")
+        load_pipeline(folder_card(tmp_path), "cpu")
 
 
 def test_damaged_weights_are_unavailable(saved: Path, tmp_path: Path):
@@ -153,7 +153,7 @@ def test_damaged_weights_are_unavailable(saved: Path, tmp_path: Path):
         whole = (folder / weights).read_bytes()
         (folder / weights).write_bytes(whole[: len(whole) // 2])
         with pytest.raises(ModelUnavailable):
-            load_pipeline(from_folder(folder), "cpu")
+            load_pipeline(folder_card(folder), "cpu")
         (folder / weights).write_bytes(whole)
 
 
@@ -172,10 +172,10 @@ def test_the_hub_gives_the_revision_and_variant_of_the_card(
     hub.publish("someone/tiny", "main", tmp_path / "nothing")
     hub.publish("someone/tiny", "v1", repository)
 
-    picture = process.submit(load_and_draw, from_hub("someone/tiny", "v1", variant="fp16")).result()
+    picture = process.submit(load_and_draw, hub_card("someone/tiny", "v1", variant="fp16")).result()
 
     np.testing.assert_allclose(picture, draw(half.to(dtype=torch.float32)), atol=1e-5)
-    weights = {name for name in hub.files_sent() if name.endswith((".safetensors", ".bin"))}
+    weights = {name for name in hub.files_asked_for() if name.endswith((".safetensors", ".bin"))}
     assert weights == {"diffusion_pytorch_model.fp16.safetensors", "model.fp16.safetensors"}
 
 
@@ -183,14 +183,14 @@ def test_a_repository_that_was_loaded_once_loads_while_the_hub_is_away(
     hub: "FakeHub", process: ProcessPoolExecutor, saved: Path
 ):
     hub.publish("someone/tiny", "main", saved)
-    first = process.submit(load_and_draw, from_hub("someone/tiny", "main")).result()
+    first = process.submit(load_and_draw, hub_card("someone/tiny", "main")).result()
     hub.stop()
-    again = process.submit(load_and_draw, from_hub("someone/tiny", "main")).result()
+    again = process.submit(load_and_draw, hub_card("someone/tiny", "main")).result()
     np.testing.assert_array_equal(again, first)
 
 
 def test_a_hub_that_cannot_be_reached_makes_the_model_unavailable(hub: "FakeHub", process: ProcessPoolExecutor):
-    card = from_hub("someone/tiny", "v1")
+    card = hub_card("someone/tiny", "v1")
     with pytest.raises(ModelUnavailable, match=r"tiny: .*someone/tiny.*v1"):
         process.submit(load_and_draw, card).result()  # there, but without such a repository
     hub.stop()
@@ -205,25 +205,25 @@ def test_a_repository_of_pickles_is_refused_before_they_are_fetched(
     pickled(repository / "unet")
     hub.publish("someone/tiny", "main", repository)
     with pytest.raises(UnsafeWeights, match=r"someone/tiny/unet/diffusion_pytorch_model\.bin"):
-        process.submit(load_and_draw, from_hub("someone/tiny", "main")).result()
-    assert hub.files_sent() == {"model_index.json"}
+        process.submit(load_and_draw, hub_card("someone/tiny", "main")).result()
+    assert hub.files_asked_for() == {"model_index.json"}
 
 
 class FakeHub(ThreadingHTTPServer):
-    """The routes of huggingface.co that downloads use, over folders. `sent` lists the paths of its answers."""
+    """The routes of huggingface.co that downloads use, over folders."""
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), FakeHubHandler)
         self.folders: dict[tuple[str, str], Path] = {}  # by repository, and revision or commit
-        self.sent: list[str] = []
+        self.asked: list[str] = []
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
 
-    def files_sent(self) -> set[str]:
-        return {Path(path).name for path in self.sent if "/resolve/" in path}
+    def files_asked_for(self) -> set[str]:
+        return {Path(path).name for path in self.asked if "/resolve/" in path}
 
     def publish(self, repository: str, revision: str, folder: Path) -> None:
         self.folders[repository, revision] = self.folders[repository, commit_of(folder)] = folder
@@ -234,8 +234,6 @@ class FakeHub(ThreadingHTTPServer):
 
 
 class FakeHubHandler(BaseHTTPRequestHandler):
-    server: FakeHub
-
     ROUTES = re.compile(
         r"/api/models/(?P<model>\w+/\w+)/revision/(?P<revision>\w+)"
         r"|/api/models/(?P<listed>\w+/\w+)/tree/(?P<at>\w+)"
@@ -246,6 +244,8 @@ class FakeHubHandler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
+        hub: Any = self.server
+        hub.asked.append(self.path)
         route = self.ROUTES.fullmatch(self.path.partition("?")[0])
         assert route, f"huggingface_hub asks for a route that the fake lacks: {self.path}"
         parts = route.groupdict()
@@ -253,9 +253,9 @@ class FakeHubHandler(BaseHTTPRequestHandler):
             parts["model"] or parts["listed"] or parts["repository"],
             parts["revision"] or parts["at"] or parts["commit"],
         )
-        if key not in self.server.folders:
+        if key not in hub.folders:
             return self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
-        folder = self.server.folders[key]
+        folder = hub.folders[key]
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         if parts["model"]:
             siblings = [{"rfilename": str(path.relative_to(folder))} for path in files]
@@ -272,7 +272,6 @@ class FakeHubHandler(BaseHTTPRequestHandler):
         self.answer(200, path.read_bytes(), {"X-Repo-Commit": commit_of(folder), "ETag": f'"{oid(path)}"'})
 
     def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
-        self.server.sent.append(self.path)
         self.send_response(status)
         for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(name, value)
@@ -326,15 +325,15 @@ def tiny_card(source: Folder | SingleFile | Hub) -> ModelCard:
     return Catalog.read(["emoji-sd"])["emoji-sd"].model_copy(update={"name": "tiny", "source": source})
 
 
-def from_folder(path: Path) -> ModelCard:
+def folder_card(path: Path) -> ModelCard:
     return tiny_card(Folder(kind="folder", path=path))
 
 
-def from_file(path: Path, config: Path) -> ModelCard:
+def file_card(path: Path, config: Path) -> ModelCard:
     return tiny_card(SingleFile(kind="file", path=path, config=config))
 
 
-def from_hub(repository: str, revision: str, variant: str | None = None) -> ModelCard:
+def hub_card(repository: str, revision: str, variant: str | None = None) -> ModelCard:
     return tiny_card(Hub(kind="hub", repository=repository, revision=revision, variant=variant))
 
 

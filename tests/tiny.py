@@ -1,4 +1,4 @@
-"""Real diffusers pipelines, small enough for CPU: weights are random but the same every time, and nothing is fetched."""
+"""Real diffusers pipelines, small enough for CPU: random weights, the same every time, and nothing is fetched."""
 
 from pathlib import Path
 from typing import Any
@@ -42,9 +42,7 @@ STABLE_DIFFUSION_NOISE = {
 }
 
 
-def stable_diffusion(
-    in_channels: int = 4, cls: type[StableDiffusionPipeline] | Any = StableDiffusionPipeline
-) -> DiffusionPipeline:
+def stable_diffusion(in_channels: int = 4, cls: Any = StableDiffusionPipeline) -> DiffusionPipeline:
     """Nine channels are those of an inpainting UNet: latents, mask, masked latents."""
     torch.manual_seed(0)
     return quiet(
@@ -63,6 +61,7 @@ def stable_diffusion(
 
 def sdxl() -> DiffusionPipeline:
     torch.manual_seed(0)
+    scheduler: Any = EulerDiscreteScheduler(timestep_spacing="leading", **STABLE_DIFFUSION_NOISE)
     time_ids, time_width = 6, 8  # original size, crop and target size, each number embedded
     return quiet(
         StableDiffusionXLPipeline(
@@ -79,7 +78,7 @@ def sdxl() -> DiffusionPipeline:
                 addition_time_embed_dim=time_width,
                 projection_class_embeddings_input_dim=time_ids * time_width + WIDTH,
             ),
-            scheduler=EulerDiscreteScheduler(timestep_spacing="leading", **STABLE_DIFFUSION_NOISE),
+            scheduler=scheduler,
         )
     )
 
@@ -153,15 +152,13 @@ def quiet(pipeline: DiffusionPipeline) -> DiffusionPipeline:
 
 def autoencoder(**config: Any) -> AutoencoderKL:
     """Four latent channels, two pixels to a latent."""
+    levels: dict[str, Any] = {  # diffusers declares tuples of one
+        "block_out_channels": (32, 64),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+    }
     return AutoencoderKL(
-        latent_channels=4,
-        block_out_channels=(32, 64),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        norm_num_groups=8,
-        sample_size=32,
-        **config,
+        latent_channels=4, layers_per_block=1, norm_num_groups=8, sample_size=32, **levels, **config
     ).eval()
 
 

@@ -30,7 +30,9 @@ from workers.worker import EngineWorker
 
 log = structlog.get_logger()
 
-OUTAGE = 60  # tries, at most a second apart: a worker rides out about a minute without Redis, then ends and is restarted
+OUTAGE = (
+    60  # tries, at most a second apart: a worker rides out about a minute without Redis, then ends and is restarted
+)
 
 
 def run(settings: Settings, redis_url: str) -> None:
@@ -59,7 +61,9 @@ def run(settings: Settings, redis_url: str) -> None:
         name=f"{socket.gethostname()}.{os.getpid()}",
     )
     if settings.worker_port:
-        serve_health(settings.host, settings.worker_port, lambda: alive(worker) and studio.is_warm(catalog.default.name))
+        serve_health(
+            settings.host, settings.worker_port, lambda: alive(worker) and studio.is_warm(catalog.default.name)
+        )
     log.info("worker_starts", device=device, models=catalog.names, budget_mib=round(residency.budget_mib))
     load_first(residency, [*settings.pinned_models, catalog.default.name])
     try:
@@ -114,5 +118,7 @@ def serve_health(host: str, port: int, ready: Callable[[], bool]) -> None:
         return Response(metrics.render(), media_type="text/plain; version=0.0.4")
 
     routes = [Route("/livez", livez), Route("/readyz", readyz), Route("/metrics", scrape)]
-    server = uvicorn.Server(uvicorn.Config(Starlette(routes=routes), host=host, port=port, log_config=None, access_log=False))
+    server = uvicorn.Server(
+        uvicorn.Config(Starlette(routes=routes), host=host, port=port, log_config=None, access_log=False)
+    )
     threading.Thread(target=server.run, name="health", daemon=True).start()

@@ -54,7 +54,13 @@ class Residency:
         pinned: Collection[str] = (),
         max_rows: int = 0,
     ):
-        self.catalog, self.load, self.budget_mib, self.pinned, self.max_rows = catalog, load, budget_mib, pinned, max_rows
+        self.catalog, self.load, self.budget_mib, self.pinned, self.max_rows = (
+            catalog,
+            load,
+            budget_mib,
+            pinned,
+            max_rows,
+        )
         self.warm: dict[str, Warm] = {}
         self.failed: dict[str, tuple[float, ModelUnavailable]] = {}
         self.loading: tuple[str, Future[Resident], float] | None = None

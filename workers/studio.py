@@ -63,7 +63,9 @@ class Studio:
         self.residency, self.blobs, self.reporter, self.preview_size = residency, blobs, reporter, preview_size
         self.engine = Engine(self._observe)
         self.drawings: dict[str, Drawing] = {}
-        self.files = ThreadPoolExecutor(2, thread_name_prefix="files")  # reading, encoding and storing; one core is the engine's
+        self.files = ThreadPoolExecutor(
+            2, thread_name_prefix="files"
+        )  # reading, encoding and storing; one core is the engine's
         self.touched: set[Drawing] = set()
         self.of_ticket: dict[Ticket, Drawing] = {}
         self.speeds: dict[str, float] = {}  # rows a second, per model
@@ -121,7 +123,9 @@ class Studio:
             self._report()
         else:
             self._await_files()
-        return {drawing.id: outcome for drawing in self.drawings.values() if (outcome := self._outcome(drawing)) is not None}
+        return {
+            drawing.id: outcome for drawing in self.drawings.values() if (outcome := self._outcome(drawing)) is not None
+        }
 
     def paces(self) -> dict[str, tuple[float, float]]:
         """For each warm model: rows a second through the denoiser, and what a job costs in rows."""
@@ -259,5 +263,3 @@ def typical_cost(warm: Warm) -> float:
     """Row steps of a job with the card's defaults."""
     defaults = warm.resident.card.defaults
     return defaults.num_inference_steps * (2 if defaults.guidance_scale > 1 else 1)
-
-

@@ -37,7 +37,11 @@ from app.schemas import Parameters
 log = structlog.get_logger()
 
 PULSE = 1.0  # seconds between signs of life
-HEAD_START = {"high": 60.0, "normal": 0.0, "low": -60.0}  # seconds that a priority is worth in the queue; so none starves
+HEAD_START = {
+    "high": 60.0,
+    "normal": 0.0,
+    "low": -60.0,
+}  # seconds that a priority is worth in the queue; so none starves
 
 # Ends a job if its lease is still ours, in one step, so that it cannot also be canceled or taken over.
 # KEYS: registry of leases, job. ARGV: lease, status, ended_at, meta, seconds to keep the job.
@@ -61,7 +65,9 @@ class Studio(Protocol):
 
 
 class Report(Protocol):
-    def __call__(self, generation: str, name: str, data: dict[str, Any] | None = None, ttl: timedelta = ...) -> None: ...
+    def __call__(
+        self, generation: str, name: str, data: dict[str, Any] | None = None, ttl: timedelta = ...
+    ) -> None: ...
 
 
 class Failed(Exception):
@@ -120,7 +126,13 @@ class EngineWorker(BaseWorker):
             worker_ttl=lease,
             log_job_description=False,
         )
-        self.studio, self.report, self.lease, self.warm_bonus, self.try_again = studio, report, lease, warm_bonus, try_again
+        self.studio, self.report, self.lease, self.warm_bonus, self.try_again = (
+            studio,
+            report,
+            lease,
+            warm_bonus,
+            try_again,
+        )
         self.seats: dict[str, Seat] = {}
         self.stops: set[str] = set()  # filled by RQ's own thread
         self.admitting = True
@@ -192,7 +204,9 @@ class EngineWorker(BaseWorker):
         if found is None:
             return False
         job = found[0]
-        execution = self.connection.transaction(lambda pipe: self.claim(job, queue, pipe), job.key, value_from_callable=True)
+        execution = self.connection.transaction(
+            lambda pipe: self.claim(job, queue, pipe), job.key, value_from_callable=True
+        )
         if execution:
             self.seat(job, queue, execution)
         return True
@@ -363,7 +377,9 @@ class EngineWorker(BaseWorker):
 
     def _shutdown(self) -> None:
         log.info("stopping", worker=self.name, in_flight=len(self.seats))
-        self._stop_requested = True  # RQ would raise out of an idle dequeue, losing a job popped in that instant (rq#2236)
+        self._stop_requested = (
+            True  # RQ would raise out of an idle dequeue, losing a job popped in that instant (rq#2236)
+        )
 
     def teardown(self) -> None:
         with suppress(Exception), self.connection.pipeline() as pipe:  # on the way out already

@@ -167,7 +167,11 @@ def preview(id: str, number: int, step: int, request: Request, jobs: JobsDep, ow
     """What a picture looked like after a step."""
     jobs.record(id, owner)
     return file_response(
-        request, lambda: jobs.blobs.open(preview_key(id, number, step)), "image/webp", f"{id}-{number}-{step}", f"{step}.webp"
+        request,
+        lambda: jobs.blobs.open(preview_key(id, number, step)),
+        "image/webp",
+        f"{id}-{number}-{step}",
+        f"{step}.webp",
     )
 
 

@@ -1,0 +1,43 @@
+"""Real parts: a Valkey for whoever asks, and one whole service, with the shipped model, for all tests that share it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2
+import pytest
+from redis import Redis
+
+from app.local import EmbeddedRedis, LocalService
+from app.settings import Settings
+
+
+@pytest.fixture(scope="session")
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedRedis]:
+    server = EmbeddedRedis(tmp_path_factory.mktemp("valkey"))
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def connection(valkey: EmbeddedRedis) -> Iterator["Redis"]:
+    """An empty database."""
+    with Redis.from_url(valkey.url) as connection:
+        connection.flushall()
+        yield connection
+
+
+def local_settings(data_dir: Path, **given: object) -> Settings:
+    return Settings(data_dir=data_dir, port=0, log_level="warning", log_format="json", **given)
+
+
+@pytest.fixture(scope="session")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalService]:
+    """API and one worker with the shipped model."""
+    with LocalService(local_settings(tmp_path_factory.mktemp("service"))) as service:
+        yield service
+
+
+@pytest.fixture
+def http(service: LocalService) -> Iterator[httpx2.Client]:
+    with httpx2.Client(base_url=service.url, timeout=60) as client:
+        yield client
