@@ -12,8 +12,7 @@ RUN groupadd --gid 10001 darkroom \
     && install --directory --owner darkroom --group darkroom /blobs /models
 WORKDIR /app
 # For both images. /livez, not /readyz: nobody should restart a process because Redis is away.
-HEALTHCHECK --interval=10s --timeout=5s --start-period=5m CMD ["python", "-c", "\
-    from http.client import HTTPConnection; from os import environ; \
+HEALTHCHECK --interval=10s --timeout=5s --start-period=5m CMD ["python", "-c", "from http.client import HTTPConnection; from os import environ; \
     connection = HTTPConnection('127.0.0.1', int(environ.get('DARKROOM_WORKER_PORT') or environ['DARKROOM_PORT']), 4); \
     connection.request('GET', '/livez'); raise SystemExit(connection.getresponse().status != 200)"]
 
@@ -28,11 +27,13 @@ RUN pip install --no-cache-dir uv==0.13.9 && uv venv /opt/venv
 COPY pyproject.toml requirements.lock torch.txt ./
 
 # As constraints, the lock gives versions and hashes to just what an image needs, and leaves the test tools out.
-# It fails closed: a package whose hash is not in the lock is an error.
+# It fails closed: a package whose hash is not in the lock is an error. An editable install points at /app only if it finds
+# a package there; the rest of the sources follows in the last stage.
 FROM packages AS api-packages
 RUN --mount=type=cache,target=/root/.cache/uv \
     uv pip install --require-hashes --constraints requirements.lock --requirements pyproject.toml
 COPY README.md ./
+COPY app/__init__.py app/
 RUN uv pip install --no-deps --editable .
 
 FROM packages AS worker-packages
@@ -43,6 +44,7 @@ RUN --mount=type=cache,target=/root/.cache/uv \
     && uv pip install --require-hashes --constraints requirements.lock --excludes torch.txt \
         --requirements pyproject.toml --extra worker
 COPY README.md ./
+COPY app/__init__.py app/
 RUN uv pip install --no-deps --editable .
 
 
@@ -51,7 +53,7 @@ COPY --from=api-packages /opt/venv /opt/venv
 COPY models/__init__.py models/catalog.py models/
 COPY models/cards models/cards
 COPY app app
-RUN python -m compileall -q app models
+RUN python -m compileall -q app models && darkroom --help >/dev/null
 USER 10001:10001
 ENV DARKROOM_PORT=8000
 EXPOSE 8000
@@ -66,7 +68,7 @@ COPY models/*.py models/
 COPY models/cards models/cards
 COPY app app
 COPY workers workers
-RUN python -m compileall -q app models workers
+RUN python -m compileall -q app models workers && darkroom --help >/dev/null
 USER 10001:10001
 # What comes from the Hugging Face hub is kept in /models: mount a volume there, or each container downloads its own.
 ENV DARKROOM_WORKER_PORT=9100 \

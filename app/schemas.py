@@ -108,7 +108,7 @@ class Generation(BaseModel):
     parameters: Parameters
     error: Failure | None = None
     attempts: int = Field(0, description="How many workers have begun it.")
-    timings: dict[str, float] = Field({}, description="Seconds: queued, running, encoding.")
+    timings: dict[str, float] = Field({}, description="Seconds: queued, running, encoding; and from submission to first_step and to drawn.")
     warnings: list[str] = []
 
 

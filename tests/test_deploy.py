@@ -1,4 +1,4 @@
-"""The files that put Darkroom on machines: each is read by the tool that will read it there, and nginx runs for real."""
+"""What puts Darkroom on machines: each file is read by the tool that reads it there, and nginx runs for real."""
 
 import http.client
 import json
@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,8 +20,7 @@ from typing import Any
 import pytest
 import yaml
 
-from app.settings import Settings, unknown_variables
-from app.settings import settings as read_settings
+from app.settings import Settings, read_settings, unknown_variables
 
 ROOT = Path(__file__).parent.parent
 DEPLOY = ROOT / "deploy"
@@ -105,6 +104,29 @@ def test_the_api_image_has_all_that_the_api_imports_and_no_more(tmp_path: Path):
     assert done.stdout.startswith(str(tmp_path))
 
 
+def health_checks() -> Iterator[tuple[list[str], str]]:
+    """Each command that asks one of our containers how it is, and the variable with the port."""
+    joined = DOCKERFILE.replace("\\\n", "")
+    (image,) = re.findall(r"^HEALTHCHECK .* CMD (\[.*\])$", joined, re.MULTILINE)
+    yield json.loads(image), "DARKROOM_PORT"
+    yield json.loads(image), "DARKROOM_WORKER_PORT"
+    yield SERVICES["api"]["healthcheck"]["test"][1:], "DARKROOM_PORT"
+
+
+@pytest.mark.parametrize(("command", "variable"), health_checks())
+def test_a_container_is_healthy_while_its_process_says_so(command: list[str], variable: str, backend: "Backend"):
+    def healthy(port: int) -> bool:
+        assert command[0] == "python"
+        done = subprocess.run(
+            [sys.executable, *command[1:]], env={variable: str(port)}, capture_output=True, check=False
+        )
+        return done.returncode == 0
+
+    assert healthy(backend.server_port)
+    assert backend.requests in ([("GET", "/livez")], [("GET", "/readyz")])
+    assert not healthy(free_port())
+
+
 # Compose
 
 
@@ -123,7 +145,7 @@ def test_the_settings_of_a_container_are_right(service: str, monkeypatch: pytest
     image = dict(re.findall(r"(DARKROOM_\w+)=(\S+)", DOCKERFILE))
     for name, value in (image | SERVICES[service]["environment"]).items():
         monkeypatch.setenv(name, re.sub(r"\$\{\w+:-(.*)}", r"\1", value))
-    settings = read_settings.__wrapped__()
+    settings = read_settings()
     assert settings.host == "0.0.0.0"
     assert (settings.port, settings.worker_port) == (8000, 9100)  # where nginx and Prometheus look
     assert settings.blobs == "file:///blobs"
@@ -218,7 +240,7 @@ def rendered(folder: Path, port: int, apis: Sequence[int]) -> Path:
 
 
 @contextmanager
-def proxy_to(folder: Path, *apis: int) -> Iterator[int]:
+def proxy_to(folder: Path, *apis: int) -> Generator[int]:
     """The port of an nginx in front of these ports."""
     assert NGINX
     port = free_port()

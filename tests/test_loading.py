@@ -254,22 +254,24 @@ class FakeHubHandler(BaseHTTPRequestHandler):
             parts["revision"] or parts["at"] or parts["commit"],
         )
         if key not in hub.folders:
-            return self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+            self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
+            return
         folder = hub.folders[key]
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        commit = commit_of(folder)
+        files = [(str(file.relative_to(folder)), file) for file in sorted(folder.rglob("*")) if file.is_file()]
         if parts["model"]:
-            siblings = [{"rfilename": str(path.relative_to(folder))} for path in files]
-            return self.answer(200, json.dumps({"id": key[0], "sha": commit_of(folder), "siblings": siblings}).encode())
-        if parts["listed"]:
+            siblings = [{"rfilename": name} for name, _ in files]
+            self.answer(200, json.dumps({"id": key[0], "sha": commit, "siblings": siblings}).encode())
+        elif parts["listed"]:
             tree = [
-                {"type": "file", "path": str(file.relative_to(folder)), "size": file.stat().st_size, "oid": oid(file)}
-                for file in files
+                {"type": "file", "path": name, "size": file.stat().st_size, "oid": oid(file)} for name, file in files
             ]
-            return self.answer(200, json.dumps(tree).encode())
-        path = folder / parts["file"]
-        if not path.is_file():
-            return self.answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit_of(folder)})
-        self.answer(200, path.read_bytes(), {"X-Repo-Commit": commit_of(folder), "ETag": f'"{oid(path)}"'})
+            self.answer(200, json.dumps(tree).encode())
+        elif parts["file"] in dict(files):
+            file = folder / parts["file"]
+            self.answer(200, file.read_bytes(), {"X-Repo-Commit": commit, "ETag": f'"{oid(file)}"'})
+        else:
+            self.answer(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit})
 
     def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)

@@ -34,7 +34,7 @@ TOKENS = 77
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 CLIP_VOCABULARY = [*BYTES, *(byte + "</w>" for byte in BYTES), "<|startoftext|>", "<|endoftext|>"]
 T5_VOCABULARY = ["<pad>", "</s>", "<unk>", "▁", *map(chr, range(33, 127))]
-STABLE_DIFFUSION_NOISE = {
+STABLE_DIFFUSION_NOISE: dict[str, Any] = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",

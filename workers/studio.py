@@ -18,6 +18,7 @@ from torch import Tensor
 
 from app import metrics
 from app.images import encode, parameters_text
+from app.jobs import age_of
 from app.schemas import Parameters
 from app.storage import BlobStore, image_key, input_key, preview_key
 from models.families import Resident
@@ -43,8 +44,9 @@ class Drawing:
     tickets: list[Ticket] = field(default_factory=list)
     stored: dict[int, Future[dict[str, Any]]] = field(default_factory=dict)
     step: int = 0
-    began: float = field(default_factory=time.monotonic)
-    drawn: float | None = None
+    first_step: float | None = None  # when it began, in seconds since the epoch, as all times here
+    drawn: float | None = None  # when the last pass ended
+    encoding: float = 0.0  # seconds, of all its pictures
 
     @property
     def rows(self) -> int:
@@ -167,14 +169,16 @@ class Studio:
         if ticket.result is not None:
             drawing.stored[index] = self.files.submit(self._store, drawing, index, ticket.result)
         if all(t.done for t in drawing.tickets):
-            drawing.drawn = time.monotonic()
+            drawing.drawn = time.time()
 
     def _store(self, drawing: Drawing, index: int, picture: Tensor) -> dict[str, Any]:
         """Encode and save one picture; what is kept of it in Redis."""
         r, seed = drawing.parameters, drawing.parameters.seed + index
         pixels = (picture.permute(1, 2, 0) * 255).round().byte().numpy()
-        with metrics.STAGE.labels("encode_file").time():
-            data = encode(pixels, r.output_format, parameters_text(r, seed))
+        began = time.perf_counter()
+        data = encode(pixels, r.output_format, parameters_text(r, seed))
+        drawing.encoding += (encoding := time.perf_counter() - began)
+        metrics.STAGE.labels("encode_file").observe(encoding)
         key = image_key(drawing.folder, index, r.output_format)
         with metrics.STAGE.labels("store_file").time():
             self.blobs.save(key, data)
@@ -192,11 +196,10 @@ class Studio:
             return None
         if failed := next((e for f in drawing.stored.values() if (e := f.exception())), None):
             return failed
-        drawn = drawing.drawn or drawing.began
         return {
             "images": [drawing.stored[i].result() for i in range(drawing.parameters.n)],
             "steps": drawing.tickets[0].at[1] if drawing.tickets[0].at else None,
-            "timings": {"drawing": drawn - drawing.began, "encoding": time.monotonic() - drawn},
+            "timings": timings(drawing),
             "warnings": drawing.resident.warnings(drawing.parameters),
         }
 
@@ -241,6 +244,8 @@ class Studio:
             return
         resident = next(iter(drawings)).resident
         if done.net is resident.denoiser:
+            for drawing in drawings:
+                drawing.first_step = drawing.first_step or time.time() - done.seconds
             model = resident.card.name
             metrics.BATCH_ROWS.labels(model).observe(done.rows)
             metrics.STEPS.labels(model).inc(done.calls)
@@ -249,6 +254,13 @@ class Studio:
 
     def _rows(self, model: str) -> int:
         return sum(drawing.rows for drawing in self.drawings.values() if drawing.parameters.model == model)
+
+
+def timings(drawing: Drawing) -> dict[str, float]:
+    """Seconds from submission, which the id tells, to the first step and to the end of the last pass; and of encoding."""
+    submitted, drawn = age_of(drawing.id), drawing.drawn or time.time()
+    first_step = (drawing.first_step or drawn) - submitted
+    return {"first_step": first_step, "drawn": drawn - submitted, "encoding": drawing.encoding}
 
 
 def rows_wanted(r: Parameters) -> int:

@@ -1,0 +1,22 @@
+"""`make bench`: what the README's figures are made of, in one run. Ratios are the point: machines differ, and are noisy."""
+
+import sys
+import tempfile
+from pathlib import Path
+
+from app.local import LocalService
+from app.settings import Settings
+from tests.bench import latency, queue_costs, throughput
+
+SECTIONS = {"throughput": throughput.run, "latency": latency.run, "queue": queue_costs.run}
+
+
+def main(names: list[str]) -> None:
+    for name in names or SECTIONS:
+        with tempfile.TemporaryDirectory(prefix="darkroom-bench-") as directory:
+            settings = Settings(data_dir=Path(directory), port=0, log_level="warning", max_queued=100_000)
+            with LocalService(settings, workers=0 if name == "queue" else 1) as service:
+                SECTIONS[name](service)
+
+
+main(sys.argv[1:])

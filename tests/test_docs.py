@@ -1,0 +1,60 @@
+"""The documentation says what the code does."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from app.cli import cli
+from app.main import create_app
+from app.schemas import GenerationRequest
+from app.settings import Settings, as_text
+from models.catalog import CARDS, read_cards
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SETTINGS = (ROOT / "docs" / "settings.md").read_text()
+
+
+@pytest.mark.parametrize("name", Settings.model_fields)
+def test_every_setting_is_documented_with_its_default(name: str):
+    variable = "REDIS_URL" if name == "redis_url" else f"DARKROOM_{name.upper()}"
+    row = re.search(rf"^\| `{variable}` \| (.*?) \| (.+) \|$", SETTINGS, re.M)
+    assert row, f"{variable} is not in docs/settings.md"
+    default = as_text(Settings.model_fields[name].default)
+    assert row.group(1) == (f"`{default}`" if default else "")
+
+
+def test_no_setting_is_documented_that_does_not_exist():
+    named = set(re.findall(r"DARKROOM_([A-Z_]+[A-Z])", README + SETTINGS + (ROOT / "docker-compose.yml").read_text()))
+    assert named <= {name.upper() for name in Settings.model_fields} | {"URL", "API_KEY"}
+
+
+def test_every_endpoint_is_in_the_readme(tmp_path: Path):
+    app = create_app(Settings(data_dir=tmp_path), "redis://localhost:1")
+    for path, methods in app.openapi()["paths"].items():
+        for method in methods:
+            assert f"`{method.upper()} {path}`" in README or f"{method.upper()} {path}" in README, f"{method} {path}"
+
+
+@pytest.mark.parametrize("card", list(read_cards(CARDS)), ids=lambda card: card.name)
+def test_every_model_is_in_the_readme(card):
+    row = re.search(rf"^\| `{card.name}` .*$", README, re.M)
+    assert row
+    assert all(task in row.group() for task in card.tasks)
+
+
+@pytest.mark.parametrize("field", GenerationRequest.model_fields)
+def test_every_field_of_a_request_is_in_the_readme(field: str):
+    assert f"`{field}`" in README
+
+
+@pytest.mark.parametrize("command", [c.callback.__name__ for c in cli.registered_commands if c.callback])
+def test_every_command_is_in_the_readme(command: str):
+    assert f"darkroom {command}" in README
+
+
+def test_the_commands_of_the_makefile_are_the_ones_that_are_named():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M))
+    named = set(re.findall(r"\bmake ([a-z]+)", README + (ROOT / "CONTRIBUTING.md").read_text()))
+    assert named - {"sure"} <= targets

@@ -1,0 +1,154 @@
+"""The whole service under a mixed load: two models, every task, cancels; API and two workers as processes."""
+
+import base64
+import io
+import random
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx2
+import pytest
+from PIL import Image
+from redis import Redis
+
+from app.local import LocalService
+from tests import tiny
+from tests.conftest import local_settings
+
+CARD = """
+name = "tiny"
+title = "Random weights"
+description = "Draws noise, quickly."
+family = "diffusers"
+licence = "none"
+licence_url = "about:blank"
+tasks = ["text-to-image", "image-to-image"]
+schedulers = ["ddim", "euler", "unipc"]
+memory_mib = 20
+source = {{ kind = "folder", path = "{folder}" }}
+size = {{ width = 32, height = 32, minimum = 16, maximum = 64, multiple_of = 8 }}
+limits = {{ n = 4, num_inference_steps = 50, guidance_scale = 20.0, prompt_tokens = 77 }}
+defaults = {{ num_inference_steps = 5, guidance_scale = 3.0, scheduler = "ddim", strength = 0.6 }}
+"""
+
+
+@pytest.fixture(scope="module")
+def two_models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalService]:
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny.save(tiny.stable_diffusion(), folder / "weights")
+    (folder / "tiny.toml").write_text(CARD.format(folder=folder / "weights"))
+    settings = local_settings(
+        tmp_path_factory.mktemp("two"), models=("emoji-sd", "tiny"), cards_dir=folder, torch_threads=1, warm_bonus=2
+    )
+    with LocalService(settings, workers=2) as service:
+        yield service
+
+
+def picture(size: tuple[int, int], colour: str, mode: str = "RGB") -> str:
+    data = io.BytesIO()
+    Image.new(mode, size, colour).save(data, "png")
+    return base64.b64encode(data.getvalue()).decode()
+
+
+def mixed(i: int, rng: random.Random) -> dict:
+    """One of many kinds of request."""
+    steps, seed = rng.choice([2, 3, 4, 6]), rng.randrange(1000)
+    request = {"prompt": f"a dog, number {i}", "num_inference_steps": steps, "seed": seed}
+    request["guidance_scale"] = rng.choice([1.0, 3.0, 4.5])
+    request["priority"] = rng.choice(["high", "normal", "low"])
+    request["output_format"] = rng.choice(["png", "jpeg", "webp", "avif"])
+    if rng.random() < 0.4:
+        request["model"] = "tiny"
+        request["scheduler"] = rng.choice(["ddim", "euler", "unipc"])
+        if rng.random() < 0.3:
+            request |= {"image": picture((32, 32), "blue"), "strength": 0.7}
+        return request
+    request["scheduler"] = rng.choice(["dpmpp_2m", "dpmpp_2m_sde", "ddim", "euler", "euler_a", "heun", "deis", "unipc"])
+    request["width"] = rng.choice([64, 96, 128])
+    request["reproducible"] = rng.random() < 0.1
+    request["n"] = rng.choice([1, 1, 1, 2])
+    if rng.random() < 0.2:
+        request |= {"image": picture((128, 128), "green"), "strength": 0.6}
+        if rng.random() < 0.5:
+            request["mask"] = picture((128, 128), "white", "L")
+    return request
+
+
+def test_a_burst_of_mixed_requests_ends_with_every_id_in_a_right_state(two_models: LocalService):
+    count, rng = 200, random.Random(2)
+    requests = [mixed(i, rng) for i in range(count)]
+    cancels = set(rng.sample(range(count), 30))
+
+    with httpx2.Client(base_url=two_models.url, timeout=120) as http, ThreadPoolExecutor(8) as clients:
+
+        def submit(i: int) -> str:
+            answer = http.post("/v1/generations", json=requests[i])
+            assert answer.status_code == 202, answer.text
+            return answer.json()["id"]
+
+        ids = list(clients.map(submit, range(count)))
+        canceled = {i: http.delete(f"/v1/generations/{ids[i]}").status_code for i in cancels}
+        for i in range(count):
+            with http.stream("GET", f"/v1/generations/{ids[i]}/events", timeout=180) as events:
+                for _ in events.iter_lines():
+                    pass
+        ended = [http.get(f"/v1/generations/{id}").json() for id in ids]
+
+        for i, generation in enumerate(ended):
+            if canceled.get(i) == 200:
+                assert generation["status"] == "canceled"
+                continue
+            assert generation["status"] == "succeeded", (requests[i], generation["error"])
+            assert generation["attempts"] == 1
+            assert len(generation["images"]) == requests[i].get("n", 1)
+            for shown in generation["images"]:
+                data = http.get(shown["url"])
+                with Image.open(io.BytesIO(data.content)) as image:
+                    image.load()
+                    assert image.size == (shown["width"], shown["height"])
+                    assert image.format == requests[i]["output_format"].upper()
+        assert Counter(g["status"] for g in ended)["canceled"] > 0
+    with Redis.from_url(two_models.redis_url) as redis:
+        left = {key for key in redis.scan_iter("rq:wip:*") if redis.zcard(key)} | set(redis.scan_iter("rq:queue:*"))
+    assert not left, "leases or queued jobs are left over"
+
+
+def test_both_models_were_drawn_in_one_process(two_models: LocalService):
+    """Each worker serves whatever is asked for: the cold model is loaded beside the warm one."""
+    with httpx2.Client(base_url=two_models.url, timeout=120) as http:
+        for model in ("tiny", "emoji-sd", "tiny"):
+            body = {"model": model, "prompt": "a dog", "num_inference_steps": 2}
+            done = http.post("/v1/generations", json=body, headers={"Prefer": "wait=60"}).json()
+            assert done["status"] == "succeeded", done
+
+
+def test_the_same_request_gives_the_same_bytes_alone_and_under_load(service: LocalService):
+    """End to end: the exact lane, through processes, queue and file."""
+    exact = {"prompt": "a penguin", "num_inference_steps": 6, "seed": 3, "reproducible": True}
+    other = {"prompt": "a car on a yellow background", "num_inference_steps": 9, "guidance_scale": 4}
+
+    with httpx2.Client(base_url=service.url, timeout=120) as http, ThreadPoolExecutor(8) as clients:
+
+        def draw(body: dict) -> bytes:
+            done = http.post("/v1/generations", json=body, headers={"Prefer": "wait=60"}).json()
+            return http.get(done["images"][0]["url"]).content
+
+        alone = draw(exact)
+        crowd = [clients.submit(draw, other | {"seed": seed}) for seed in range(4)]
+        again = clients.submit(draw, exact)
+        crowd += [clients.submit(draw, other | {"seed": 9 + seed, "scheduler": "euler_a"}) for seed in range(3)]
+        assert again.result() == alone
+        assert len({future.result() for future in crowd}) == len(crowd)
+
+
+def test_bytes_never_go_through_redis(service: LocalService, tmp_path: Path):
+    body = {"prompt": "a dog", "num_inference_steps": 2, "image": picture((128, 128), "red"), "strength": 1.0}
+    with httpx2.Client(base_url=service.url, timeout=120) as http, Redis.from_url(service.redis_url) as redis:
+        done = http.post("/v1/generations", json=body, headers={"Prefer": "wait=60"}).json()
+        assert done["status"] == "succeeded", done
+        for key in redis.scan_iter(f"*{done['id']}*"):
+            dumped = redis.dump(key) or b""
+            assert b"PNG" not in dumped
+            assert len(dumped) < 20_000
