@@ -38,6 +38,7 @@ def up(
 
     end_with_parent(with_parent)
     settings = read_settings(host=host, port=port, data_dir=data_dir)
+    check_cards(settings)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         status = console.status("starting")
@@ -60,6 +61,7 @@ def api(host: Annotated[str | None, HOST] = None, port: Annotated[int | None, PO
     import uvicorn
 
     settings = read_settings(host=host, port=port)
+    check_cards(settings)
     redis_url = required_redis(settings)
     from app import logs
     from app.main import create_app
@@ -80,6 +82,7 @@ def api(host: Annotated[str | None, HOST] = None, port: Annotated[int | None, PO
 def worker() -> None:
     """Run one worker; REDIS_URL says where the queue is."""
     settings = read_settings()
+    check_cards(settings)
     redis_url = required_redis(settings)
     from app import logs
 
@@ -175,6 +178,16 @@ def end_with_parent(wanted: bool) -> None:
         from app.local import die_with_parent
 
         die_with_parent(os.getppid(), signal.SIGTERM)
+
+
+def check_cards(settings: Settings) -> None:
+    """A model without a card, or a wrong card, stops start-up with its name."""
+    from models.catalog import Catalog
+
+    try:
+        Catalog.read(settings.models, settings.cards_dir)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
 
 
 def required_redis(settings: Settings) -> str:

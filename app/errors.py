@@ -7,14 +7,16 @@ ServiceError
  ├─ BodyTooLarge 413
  ├─ Unauthorized 401
  ├─ NotFound 404               no such thing, or not yours
+ ├─ MethodNotAllowed 405       `Allow` says which are
  ├─ NotCancelable 409          it has ended already
  ├─ IdempotencyConflict 422    the key was used with another body
+ ├─ RangeNotSatisfiable 416    the picture has no such bytes
  ├─ QueueFull 503              with Retry-After
  └─ StoreUnavailable 503       Redis or the blob store does not answer
 """
 
 import http
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import redis.exceptions
@@ -24,8 +26,15 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from obstore.exceptions import BaseError as BlobStoreError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
+
+from app.schemas import FieldError, Problem
 
 log = structlog.get_logger()
+
+METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
+MOST_ERRORS = 20  # a body of a million wrong fields is not answered with a million errors
+LONGEST_NAME = 64  # of a field that a client made up
 
 
 class ServiceError(Exception):
@@ -71,12 +80,20 @@ class NotFound(ServiceError):
     status, kind = 404, "not-found"
 
 
+class MethodNotAllowed(ServiceError):
+    status, kind = 405, "method-not-allowed"
+
+
 class NotCancelable(ServiceError):
     status, kind = 409, "not-cancelable"
 
 
 class IdempotencyConflict(ServiceError):
     status, kind = 422, "idempotency-key-reused"
+
+
+class RangeNotSatisfiable(ServiceError):
+    status, kind = 416, "range-not-satisfiable"
 
 
 class QueueFull(ServiceError):
@@ -93,59 +110,83 @@ class StoreUnavailable(ServiceError):
         super().__init__(detail, headers={"Retry-After": "2"})
 
 
-def problem(
-    status: int,
-    kind: str,
-    detail: str,
-    errors: Sequence[tuple[str, str]] = (),
-    headers: dict[str, str] | None = None,
-) -> JSONResponse:
+def problem(error: ServiceError) -> JSONResponse:
     """A problem document; `errors` lists each wrong field."""
-    body: dict[str, Any] = {
-        "type": f"urn:darkroom:problem:{kind}",
-        "title": kind.replace("-", " ").capitalize(),
-        "status": status,
-        "detail": detail,
-    }
-    if errors:
-        body["errors"] = [{"field": field, "detail": what} for field, what in errors]
-    return JSONResponse(body, status, headers, media_type="application/problem+json")
+    document = Problem(
+        type=f"urn:darkroom:problem:{error.kind}",
+        title=error.kind.replace("-", " ").capitalize(),
+        status=error.status,
+        detail=error.detail,
+        errors=[FieldError(field=field, detail=what) for field, what in error.errors] or None,
+    )
+    content = document.model_dump(exclude_none=True)
+    return JSONResponse(content, error.status, error.headers, media_type="application/problem+json")
 
 
-def show_error(_: Request, error: Exception) -> JSONResponse:
+def show_error(request: Request, error: Exception) -> JSONResponse:
     """Answer a client: the one place where an exception becomes a response."""
+    return problem(as_service_error(request, error))
+
+
+def as_service_error(request: Request, error: Exception) -> ServiceError:
     match error:
         case ServiceError():
-            return problem(error.status, error.kind, error.detail, error.errors, error.headers)
+            return error
         case RequestValidationError():
-            return show_validation(error)
+            return wrong_fields(error)
         case redis.exceptions.RedisError():
             log.warning("redis_unavailable", error=str(error))
-            return show_error(_, StoreUnavailable("the queue does not answer; nothing was accepted"))
+            return StoreUnavailable("the queue does not answer; with an Idempotency-Key it is safe to ask again")
         case BlobStoreError():
             log.warning("blob_store_unavailable", error=str(error))
-            return show_error(_, StoreUnavailable("the image store does not answer"))
+            return StoreUnavailable("the image store does not answer")
         case HTTPException():
-            kind = http.HTTPStatus(error.status_code).phrase.lower().replace(" ", "-")
-            return problem(error.status_code, kind, str(error.detail), headers=dict(error.headers or {}))
+            return of_the_framework(request, error)
         case _:
-            log.error("unhandled_error", exc_info=error)
-            return problem(500, "internal-error", "an error of ours; it has been logged")
+            log.error("unhandled_error", method=request.method, path=request.url.path, exc_info=error)
+            return ServiceError("an error of ours; it has been logged")
 
 
-def show_validation(error: RequestValidationError) -> JSONResponse:
-    """FastAPI's list of errors, with the field's name as the client wrote it."""
-    found = error.errors()
-    if any(entry["type"] == "json_invalid" for entry in found):
-        return show_error_of(MalformedBody(f"the body is not JSON: {found[0]['ctx']['error']}"))
-    fields = [
-        (".".join(str(part) for part in entry["loc"][1:]) or str(entry["loc"][0]), entry["msg"]) for entry in found
+def wrong_fields(error: RequestValidationError) -> ServiceError:
+    """FastAPI's list of errors, with each field's name as the client wrote it."""
+    found: Sequence[Mapping[str, Any]] = error.errors()
+    if found[0]["type"] == "json_invalid":
+        return MalformedBody(f"the body is not JSON: {found[0]['ctx']['error']}")
+    if found[0]["loc"] == ("body",):
+        return MalformedBody("the body must be a JSON object")
+    return InvalidRequest([(field_name(entry["loc"]), entry["msg"]) for entry in found[:MOST_ERRORS]])
+
+
+def field_name(location: Sequence[int | str]) -> str:
+    """`metadata.colour` for ("body", "metadata", "colour", "[key]")."""
+    return ".".join(str(part)[:LONGEST_NAME] for part in location[1:] if part != "[key]")
+
+
+def of_the_framework(request: Request, error: HTTPException) -> ServiceError:
+    """What Starlette and FastAPI raise: unknown paths and methods, and whatever stopped the reading of a body."""
+    match error.status_code:
+        case 400 if isinstance(error.__cause__, ServiceError):
+            return error.__cause__
+        case 400:
+            return MalformedBody(f"the body is not JSON: {error.__cause__ or error.detail}")
+        case 404:
+            return NotFound(f"there is nothing at {request.url.path[:200]}; /docs lists what there is")
+        case 405:
+            allowed = ", ".join(allowed_methods(request))
+            return MethodNotAllowed(f"{request.method} is not possible here, but {allowed}", headers={"Allow": allowed})
+        case status:
+            other = ServiceError(error.detail, headers=dict(error.headers or {}))
+            other.status, other.kind = status, http.HTTPStatus(status).phrase.lower().replace(" ", "-")
+            return other
+
+
+def allowed_methods(request: Request) -> list[str]:
+    """Of all routes of this path: Starlette names those of the first one only."""
+    return [
+        method
+        for method in METHODS
+        if any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in request.app.routes)
     ]
-    return show_error_of(InvalidRequest(fields))
-
-
-def show_error_of(error: ServiceError) -> JSONResponse:
-    return problem(error.status, error.kind, error.detail, error.errors, error.headers)
 
 
 def install(app: FastAPI) -> None:

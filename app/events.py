@@ -3,15 +3,14 @@
 import json
 from collections.abc import AsyncIterator
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import redis.asyncio
-from redis import Redis
 from redis.client import Pipeline
 
 ENDED = frozenset({"succeeded", "failed", "canceled", "expired"})
 LONGEST = 1000  # entries a stream keeps; a hundred steps with previews fit many times
-FORGOTTEN_AFTER = timedelta(days=1)  # streams of generations that never ended; the others live as long as their results
+FORGOTTEN_AFTER = timedelta(days=8)  # one that never ended; longer than any may wait. The others go with their results
 PATIENCE = 10.0  # seconds of silence after which a listener looks whether there is anything left to wait for
 
 
@@ -27,11 +26,11 @@ def stream(generation: str) -> str:
 
 def record(
     pipe: Pipeline, generation: str, name: str, data: dict[str, Any] | None = None, ttl: timedelta = FORGOTTEN_AFTER
-):
+) -> None:
     """Append an event; the caller executes the pipeline."""
     key = stream(generation)
     pipe.xadd(key, {"event": name, "data": json.dumps(data or {})}, maxlen=LONGEST, approximate=True)
-    pipe.expire(key, ttl)
+    pipe.expire(key, ttl, lt=True)  # a preview that comes after the end does not keep the stream
 
 
 def latest(pipe: Pipeline, generation: str) -> None:
@@ -55,7 +54,7 @@ async def follow(connection: "redis.asyncio.Redis", generation: str, after: str 
             yield None
             continue
         entries = answer[0][1] if isinstance(answer, list) else next(iter(answer.values()))[0]
-        for event in parse(entries):
+        for event in parse(cast(list[Any], entries)):  # the stub does not follow RESP2 and RESP3 that far
             after = event.id
             yield event
             if event.name in ENDED:

@@ -1,11 +1,11 @@
-"""Bytes that never change, served as browsers and proxies like them: ETag, 304, Range, and headers that make them safe."""
+"""Bytes that never change, as browsers and proxies like them: ETag, 304, Range, and headers that make them safe."""
 
 import re
 from collections.abc import Callable
 
 from fastapi import Request, Response
 
-from app.errors import NotFound
+from app.errors import NotFound, RangeNotSatisfiable
 
 
 def file_response(request: Request, open_file: Callable[[], bytes], media_type: str, etag: str, name: str) -> Response:
@@ -13,6 +13,7 @@ def file_response(request: Request, open_file: Callable[[], bytes], media_type: 
 
     Raises:
         NotFound: its bytes have gone.
+        RangeNotSatisfiable: it is shorter than that.
     """
     headers = {
         "ETag": f'"{etag}"',
@@ -41,7 +42,7 @@ def matches(if_none_match: str | None, etag: str) -> bool:
 
 def part(data: bytes, wanted: str, media_type: str, headers: dict[str, str]) -> Response:
     """RFC 9110, 14.2: one range of bytes. Of several, or of another unit, we send the whole, as we may."""
-    asked = re.fullmatch(r"bytes=(\d*)-(\d*)", wanted.strip())
+    asked = re.fullmatch(r"bytes=(\d{0,18})-(\d{0,18})", wanted.strip())
     if asked is None or asked.groups() == ("", ""):
         return Response(data, media_type=media_type, headers=headers)
     first, last = asked.groups()
@@ -50,6 +51,7 @@ def part(data: bytes, wanted: str, media_type: str, headers: dict[str, str]) -> 
     else:
         begin, end = max(0, len(data) - int(last)), len(data) - 1
     if begin > end:
-        return Response(status_code=416, headers=headers | {"Content-Range": f"bytes */{len(data)}"})
+        whole = f"bytes */{len(data)}"
+        raise RangeNotSatisfiable(f"the picture has {len(data)} bytes", headers={"Content-Range": whole})
     headers |= {"Content-Range": f"bytes {begin}-{end}/{len(data)}"}
     return Response(data[begin : end + 1], 206, headers, media_type)

@@ -9,15 +9,16 @@ import json
 import secrets
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
 
 import structlog
 from redis import Redis
 from redis.client import Pipeline
 from rq.executions import Execution, ExecutionRegistry
-from rq.job import Job, JobStatus, Retry
+from rq.job import Job, JobStatus
 from rq.queue import Queue
 from rq.registry import StartedJobRegistry
 from rq.serializers import JSONSerializer
@@ -35,6 +36,7 @@ from app.schemas import (
     Parameters,
     Priority,
     Progress,
+    Status,
     merged,
 )
 from app.settings import Settings
@@ -49,7 +51,7 @@ IDEMPOTENCY_TTL = timedelta(days=1)
 LISTED_FOR = timedelta(days=7)  # the longest that a generation may wait, `expires_in`
 FIELDS = ("status", "data", "meta", "created_at", "started_at", "ended_at", "attempts")
 
-STATUS = {
+STATUS: dict[JobStatus, Status] = {
     JobStatus.CREATED: "queued",
     JobStatus.QUEUED: "queued",
     JobStatus.STARTED: "running",
@@ -91,10 +93,25 @@ class Pace(NamedTuple):
     rows_per_job: float  # rows × steps, of the jobs it saw lately
 
 
+T = TypeVar("T")
+Replies = list[
+    bytes | None
+]  # to HMGET, of a connection that decodes nothing; redis-py's stub allows for all the others
+
+
+def atomically(connection: "Redis", write: Callable[[Pipeline], T], *watched: str) -> T:
+    """`write` reads, calls `multi()` and queues what it writes: all of that happens at once, or it runs again.
+
+    It runs again if what is watched has changed, or the connection broke in between.
+    """
+    answer = connection.transaction(cast(Callable[[Pipeline], None], write), *watched, value_from_callable=True)
+    return cast(T, answer)  # redis-py's stub knows neither
+
+
 class Record(NamedTuple):
     """What Redis says of a generation."""
 
-    status: str
+    status: Status
     parameters: Parameters
     owner: str
     meta: dict[str, Any]
@@ -192,8 +209,8 @@ class Jobs:
             result_ttl=int(ttl.total_seconds()),
             failure_ttl=int(ttl.total_seconds()),
         )
-        if self.settings.max_attempts > 1:
-            job.retries_left = Retry(max=self.settings.max_attempts - 1).max
+        job.retries_left = self.settings.max_attempts - 1
+        job.enqueue_at_front_on_retry = True
         queue.get_redis_server_version()  # asked once a connection, outside of the transaction
 
         def write(pipe: Pipeline) -> str | None:
@@ -209,8 +226,7 @@ class Jobs:
             pipe.publish(BELL, "queued")
             return None
 
-        watched = [token.key] if token else []
-        return self.connection.transaction(write, *watched, value_from_callable=True)
+        return atomically(self.connection, write, *([token.key] if token else []))
 
     # -- out
 
@@ -222,7 +238,8 @@ class Jobs:
         """
         record = self.record(id, owner)
         if overdue(record):
-            self.end(id, owner, "expired")
+            with suppress(NotCancelable):  # it ended just now
+                self.end(id, "expired")
             record = self.record(id, owner)
         return self._show(id, record)
 
@@ -239,7 +256,7 @@ class Jobs:
                 events.latest(pipe, id)
             answers = pipe.execute()
         for fields, last in zip(answers[::2], answers[1::2], strict=True):
-            yield parse_record(fields, events.parse(last)) if fields[1] else None
+            yield parse_record(fields, events.parse(last))
 
     def _show(self, id: str, record: Record) -> Generation:
         position, eta = None, None
@@ -303,7 +320,7 @@ class Jobs:
             if len(found) == limit:
                 return GenerationList(data=found, next_cursor=found[-1].id)
             found.append(shown or self._show(id, record))
-        return GenerationList(data=found)
+        return GenerationList(data=found, next_cursor=None)
 
     def _newest(self, owner: str, before: str | None) -> Iterator[tuple[str, Record]]:
         """What there is of this owner; forgets on the way what has gone."""
@@ -326,32 +343,37 @@ class Jobs:
             NotFound: as `fetch`.
             NotCancelable: it has ended otherwise.
         """
-        record = self.record(id, owner)
-        if record.status != "canceled":
-            self.end(id, owner, "canceled")
+        self.record(id, owner)
+        self.end(id, "canceled")
         return self.fetch(id, owner)
 
-    def end(self, id: str, owner: str, outcome: str) -> None:
+    def end(self, id: str, outcome: Literal["canceled", "expired"]) -> None:
         """Take a generation out of its queue or away from its worker, in one transaction with its new status.
 
         Raises:
-            NotCancelable: it ended before.
+            NotFound: its result has been forgotten.
+            NotCancelable: it has ended otherwise.
         """
         key = Job.key_for(id)
 
-        def write(pipe: Pipeline) -> str:
-            status, origin, meta = pipe.hmget(key, "status", "origin", "meta")
-            standing = STATUS[JobStatus(status.decode())]
+        def write(pipe: Pipeline) -> str | None:
+            status, origin, meta = cast(Replies, pipe.hmget(key, "status", "origin", "meta"))
+            if status is None or origin is None:
+                raise NotFound(f"there is no generation {id!r} any more")
+            standing = standing_of(status, json.loads(meta or "{}"))
+            if standing == outcome:
+                return None
             if standing not in ("queued", "running"):
                 raise NotCancelable(f"generation {id} has {standing} already")
-            queue = Queue(origin.decode(), connection=self.connection, serializer=JSONSerializer)
-            executions = [events.text(e) for e in pipe.zrange(ExecutionRegistry(id, self.connection).key, 0, -1)]
+            queue = Queue(events.text(origin), connection=self.connection, serializer=JSONSerializer)
+            executions = cast(list[bytes], pipe.zrange(ExecutionRegistry(id, self.connection).key, 0, -1))
             pipe.multi()
-            kept = (json.loads(meta) if meta else {}) | {"outcome": outcome}
-            pipe.hset(key, mapping={"status": JobStatus.CANCELED.value, "ended_at": now(), "meta": json.dumps(kept)})
+            pipe.hset(key, "status", JobStatus.CANCELED.value)
+            pipe.hset(key, "ended_at", now())
+            pipe.hset(key, "meta", json.dumps({"outcome": outcome}))
             pipe.lrem(queue.key, 0, id)
             for execution in executions:
-                lease = Execution(execution, id, self.connection)
+                lease = Execution(execution.decode(), id, self.connection)
                 pipe.zrem(StartedJobRegistry(queue=queue).key, lease.composite_key)
                 pipe.delete(lease.key)
             pipe.delete(ExecutionRegistry(id, self.connection).key)
@@ -360,9 +382,9 @@ class Jobs:
             pipe.publish(BELL, f"drop {id}")
             return queue.name
 
-        queue = self.connection.transaction(write, key, value_from_callable=True)
-        metrics.REQUESTS.labels(queue.rpartition(".")[0], outcome).inc()
-        log.info(outcome, generation=id)
+        if queue := atomically(self.connection, write, key):
+            metrics.REQUESTS.labels(queue.rpartition(".")[0], outcome).inc()
+            log.info(outcome, generation=id)
 
     def waiting(self) -> dict[str, tuple[int, float]]:
         """For each queue: how many are waiting, and for how many seconds the oldest has been."""
@@ -431,22 +453,30 @@ def complete(request: GenerationRequest, card: ModelCard, pictures: dict[str, by
     )
 
 
-def parse_record(fields: list[bytes | None], last: list[events.Event]) -> Record:
+def parse_record(fields: Replies, last: list[events.Event]) -> Record | None:
+    """None if the job has gone: RQ may still write a field or two of it."""
     status, data, meta, created_at, started_at, ended_at, attempts = fields
+    if status is None or data is None or created_at is None:
+        return None
     _, _, _, kwargs = json.loads(zlib.decompress(data))
-    meta = json.loads(meta) if meta else {}
-    standing = STATUS[JobStatus(status.decode())] if status else "queued"
+    kept = json.loads(meta or "{}")
     return Record(
-        status=meta["outcome"] if "outcome" in meta and standing in ("failed", "canceled") else standing,
+        status=standing_of(status, kept),
         parameters=Parameters.model_validate(kwargs["parameters"]),
         owner=kwargs["owner"],
-        meta=meta,
+        meta=kept,
         created_at=utcparse(created_at.decode()),
         started_at=utcparse(started_at.decode()) if started_at else None,
         ended_at=utcparse(ended_at.decode()) if ended_at else None,
         attempts=int(attempts or 0),
         last=last[0] if last else None,
     )
+
+
+def standing_of(status: bytes, meta: dict[str, Any]) -> Status:
+    """How a generation stands: RQ's status, or, of what has ended, the word that RQ does not have."""
+    standing = STATUS[JobStatus(status.decode())]
+    return meta.get("outcome", standing) if standing in ("failed", "canceled") else standing
 
 
 def overdue(record: Record) -> bool:
@@ -482,7 +512,7 @@ def failure(record: Record) -> Failure | None:
 
 def timings(record: Record) -> dict[str, float]:
     taken = dict(record.meta.get("timings", {}))
-    if record.started_at:
+    if record.started_at and record.status != "queued":
         taken["queued"] = (record.started_at - record.created_at).total_seconds()
         if record.ended_at and record.ended_at > record.started_at:
             taken["running"] = (record.ended_at - record.started_at).total_seconds()

@@ -1,10 +1,9 @@
 """A body that is too large is refused before it is read."""
 
 from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.errors import BodyTooLarge, show_error_of
+from app.errors import BodyTooLarge, problem
 
 
 class BodyLimit:
@@ -17,10 +16,9 @@ class BodyLimit:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        too_large = f"the body is larger than {self.largest / 2**20:g} MiB"
-        length = Headers(scope=scope).get("content-length", "0")
-        if length.isdigit() and int(length) > self.largest:
-            await show_error_of(BodyTooLarge(too_large))(scope, receive, send)
+        too_large = BodyTooLarge(f"the body is larger than {self.largest / 2**20:g} MiB")
+        if int(Headers(scope=scope).get("content-length", 0)) > self.largest:
+            await problem(too_large)(scope, receive, send)
             return
         read = 0
 
@@ -29,7 +27,7 @@ class BodyLimit:
             message = await receive()
             read += len(message.get("body", b""))
             if read > self.largest:
-                raise HTTPException(413, too_large)  # the only kind that FastAPI lets through while it reads a body
+                raise too_large
             return message
 
         await self.app(scope, counted, send)

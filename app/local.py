@@ -39,7 +39,7 @@ def die_with_parent(parent: int, with_signal: signal.Signals = signal.SIGKILL) -
 
 def spawn(
     command: Sequence[str], environment: dict[str, str], with_signal: signal.Signals = signal.SIGKILL
-) -> subprocess.Popen:
+) -> subprocess.Popen[bytes]:
     """A child in a session of its own, so that Ctrl-C reaches only us, and we stop the parts in order."""
     parent = os.getpid()
     return subprocess.Popen(
@@ -108,7 +108,7 @@ class LocalService:
     def __init__(self, settings: Settings, workers: int = 1, say: Callable[[str], None] = lambda _: None):
         self.settings, self.workers, self.say = settings, workers, say
         self.stack = ExitStack()
-        self.parts: dict[str, subprocess.Popen] = {}
+        self.parts: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> "LocalService":
         with ExitStack() as started:
@@ -173,7 +173,7 @@ class LocalService:
             time.sleep(0.2)
 
 
-def wait_until(holds: Callable[[], bool], process: subprocess.Popen, seconds: float, what: str) -> None:
+def wait_until(holds: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float, what: str) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
         if process.poll() is not None:
@@ -183,7 +183,7 @@ def wait_until(holds: Callable[[], bool], process: subprocess.Popen, seconds: fl
         time.sleep(0.02)
 
 
-def stop(process: subprocess.Popen) -> None:
+def stop(process: subprocess.Popen[bytes]) -> None:
     """Ask it to end, and wait; then no longer ask."""
     process.terminate()
     try:

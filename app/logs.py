@@ -1,4 +1,4 @@
-"""Structured logs: JSON for machines, colours for people. One line an event, with the generation's id wherever there is one."""
+"""Structured logs: JSON for machines, colours for people. One line an event, with the generation's id if it has one."""
 
 import logging
 import sys
@@ -16,10 +16,12 @@ def set_up(settings: Settings) -> None:
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
+    # Tracebacks as plain text: without the values of variables, which are prompts and whole tensors.
     last: list[structlog.typing.Processor] = (
-        [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()] if as_json
-        else [structlog.dev.ConsoleRenderer()]
-    )  # fmt: skip
+        [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+        if as_json
+        else [structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)]
+    )
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),

@@ -1,20 +1,24 @@
 """The HTTP front end."""
 
 import importlib.metadata
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import redis.asyncio
 import structlog
 from fastapi import FastAPI
+from pydantic.json_schema import models_json_schema
 from redis import Redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app import errors, metrics
 from app.jobs import Jobs
 from app.limits import BodyLimit
 from app.routes import generations, health, models
+from app.schemas import Problem
 from app.settings import Settings
 from app.storage import open_store
 from models.catalog import Catalog
@@ -27,6 +31,36 @@ DESCRIPTION = """Pictures from guided diffusion models: queued durably, drawn to
 Errors are RFC 9457 problem documents; `errors` names each wrong field."""
 
 
+LISTENERS = 10_000  # connections to Redis, one for each open stream; redis-py's own limit is 100
+
+
+class Service(FastAPI):
+    def openapi(self) -> dict[str, Any]:
+        """With the schema of problem documents: FastAPI knows answers of one media type a route.
+
+        And without its `itemSchema` of a stream's events, which is OpenAPI 3.2 in a document of 3.1.
+        """
+        document = super().openapi()
+        _, problem = models_json_schema([(Problem, "serialization")], ref_template="#/components/schemas/{model}")
+        document["components"]["schemas"] |= problem["$defs"]
+        watch = document["paths"]["/v1/generations/{id}/events"]["get"]["responses"]["200"]
+        watch["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+        return document
+
+
+class HeadAsGet:
+    """HEAD wherever there is GET, as RFC 9110 asks: uvicorn leaves the body out. Not of a stream: it may never end."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "HEAD" and not scope["path"].endswith("/events"):
+            headers = [(name, value) for name, value in scope["headers"] if name != b"range"]  # means nothing to HEAD
+            scope = {**scope, "method": "GET", "headers": headers}
+        await self.app(scope, receive, send)
+
+
 def create_app(settings: Settings, redis_url: str) -> FastAPI:
     """The service for these settings; connects to Redis when it is first asked something."""
     timeout = {"socket_timeout": settings.redis_timeout, "socket_connect_timeout": settings.redis_timeout}
@@ -34,22 +68,26 @@ def create_app(settings: Settings, redis_url: str) -> FastAPI:
     catalog = Catalog.read(settings.models, settings.cards_dir)
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
         log.info("api_starts", models=catalog.names, blobs=settings.blobs.partition("://")[0])
         listening = redis.asyncio.Redis.from_url(
-            redis_url, socket_timeout=None, socket_connect_timeout=settings.redis_timeout
+            redis_url,
+            socket_timeout=None,
+            socket_connect_timeout=settings.redis_timeout,
+            max_connections=LISTENERS,
         )
         app.state.listening = listening
         yield
         await listening.aclose()
         connection.close()
 
-    app = FastAPI(title="Darkroom", version=VERSION, description=DESCRIPTION, lifespan=lifespan)
+    app = Service(title="Darkroom", version=VERSION, description=DESCRIPTION, lifespan=lifespan, redirect_slashes=False)
     app.state.settings = settings
     app.state.jobs = Jobs(connection, open_store(settings.blobs), catalog, settings)
     app.add_middleware(BodyLimit, largest=int(settings.max_body_mib * 2**20))
+    app.add_middleware(HeadAsGet)
     errors.install(app)
     for routes in (generations, models, health):
         app.include_router(routes.router)
-    metrics.started(VERSION)
+    metrics.started(VERSION, catalog.names)
     return app

@@ -35,7 +35,13 @@ STEPS = Counter("darkroom_steps", "Denoising steps of pictures", ["model"])
 IMAGES = Counter("darkroom_images", "Pictures stored", ["format"])
 RUNNING = Gauge("darkroom_jobs_running", "Generations that a worker holds", ["model"], multiprocess_mode="livesum")
 MODEL_LOAD = Gauge("darkroom_model_load_seconds", "Loading and warming up", ["model"], multiprocess_mode="max")
-MEMORY = Gauge("darkroom_gpu_memory_bytes", "Allocated on the device", ["device"], multiprocess_mode="livesum")
+MEMORY = Gauge("darkroom_resident_bytes", "Weights of the models that workers hold", multiprocess_mode="livesum")
+PASS = Gauge(
+    "darkroom_pass_seconds",
+    "How long a pass of so many rows took at warm-up: the curve that the batch width follows from",
+    ["model", "net", "rows"],
+    multiprocess_mode="max",
+)
 HEARTBEAT = Gauge(
     "darkroom_worker_last_heartbeat_seconds",
     "When the worker last renewed its leases, since the epoch",
@@ -44,8 +50,11 @@ HEARTBEAT = Gauge(
 BUILD = Gauge("darkroom_build_info", "1, with the versions as labels", ["version", "python"], multiprocess_mode="max")
 
 
-def started(version: str) -> None:
+def started(version: str, models: Iterable[str]) -> None:
+    """What the API has to say before anything has happened: an alert on an increase needs the zero before it."""
     BUILD.labels(version, sys.version.split()[0]).set(1)
+    for model in models:
+        REFUSED.labels(model)
 
 
 class Waiting(Collector):

@@ -3,7 +3,8 @@
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 Status = Literal["queued", "running", "succeeded", "failed", "canceled", "expired"]
 Task = Literal["text-to-image", "image-to-image", "inpainting"]
@@ -13,18 +14,21 @@ Priority = Literal["high", "normal", "low"]
 MAX_SEED = 2**53 - 1  # the largest integer that JSON clients in JavaScript keep
 
 
-class GenerationRequest(BaseModel):
+# PNG's text chunks, which say how a picture was made, cannot hold a NUL.
+Text = Annotated[str, StringConstraints(max_length=10_000, pattern=r"^[^\x00]*$")]
+Name = Annotated[str, StringConstraints(max_length=64)]
+
+
+class GenerationRequest(BaseModel, frozen=True):
     """A picture, or `n` of them, to be made. Unset numbers take the model's defaults (`GET /v1/models`)."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    model: str | None = Field(None, description="A name from `GET /v1/models`; the first one if unset.")
-    prompt: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=10_000)] = Field(
+    model: Name | None = Field(None, description="A name from `GET /v1/models`; the first one if unset.")
+    prompt: Annotated[Text, StringConstraints(strip_whitespace=True, min_length=1)] = Field(
         description="What to draw. What exceeds the model's text encoder is cut, and `warnings` says what was."
     )
-    negative_prompt: str = Field(
-        "", max_length=10_000, description="What to steer away from; needs guidance_scale > 1."
-    )
+    negative_prompt: Text = Field("", description="What to steer away from; needs guidance_scale > 1.")
     n: int = Field(1, ge=1, description="How many pictures; picture i has the seed `seed + i`.")
     width: int | None = Field(None, ge=1, description="Pixels.")
     height: int | None = Field(None, ge=1, description="Pixels.")
@@ -32,7 +36,7 @@ class GenerationRequest(BaseModel):
     guidance_scale: float | None = Field(
         None, ge=0, description="Classifier-free guidance; at 1 or less it is off, and a step costs half as much."
     )
-    scheduler: str | None = Field(None, description="The sampler, by a name that the model lists.")
+    scheduler: Name | None = Field(None, description="The sampler, by a name that the model lists.")
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="Zero is a seed. A random one if unset.")
     image: str | None = Field(None, description="The picture to start from: base64 or a `data:` URL.")
     mask: str | None = Field(None, description="White where `image` is to be repainted; of the same size.")
@@ -42,17 +46,16 @@ class GenerationRequest(BaseModel):
     reproducible: bool = Field(False, description="Same seed, same bytes, whatever else the worker is doing.")
     expires_in: int | None = Field(None, ge=1, le=604_800, description="Seconds after which nobody wants it any more.")
     priority: Priority = "normal"
-    metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] = Field(
+    metadata: dict[Name, Annotated[str, Field(max_length=512)]] = Field(
         default_factory=dict, max_length=16, description="Your own labels; returned as they are."
     )
 
-    @model_validator(mode="after")
-    def _parts_that_belong_together(self) -> "GenerationRequest":
-        if self.mask is not None and self.image is None:
-            raise ValueError("mask: needs an image")
-        if self.strength is not None and self.image is None:
-            raise ValueError("strength: needs an image")
-        return self
+    @field_validator("mask", "strength")
+    @classmethod
+    def _belongs_to_an_image(cls, value: str | float | None, info: ValidationInfo) -> str | float | None:
+        if value is not None and info.data.get("image", "a wrong one") is None:
+            raise PydanticCustomError("no_image", "needs an `image`")
+        return value
 
     @property
     def task(self) -> Task:
@@ -62,7 +65,7 @@ class GenerationRequest(BaseModel):
         return "text-to-image" if self.image is None else "image-to-image"
 
 
-class Parameters(GenerationRequest):
+class Parameters(GenerationRequest, frozen=True):
     """A request with everything decided: what the worker runs and `Generation.parameters` shows.
 
     `image` and `mask` hold the SHA-256 of the stored picture instead of its bytes.
@@ -108,8 +111,19 @@ class Generation(BaseModel):
     parameters: Parameters
     error: Failure | None = None
     attempts: int = Field(0, description="How many workers have begun it.")
-    timings: dict[str, float] = Field({}, description="Seconds: queued, running, encoding; and from submission to first_step and to drawn.")
+    timings: dict[str, float] = Field(
+        {}, description="Seconds: queued, running, encoding; and from submission to first_step and to drawn."
+    )
     warnings: list[str] = []
+
+
+class GenerationFilter(BaseModel, extra="forbid"):
+    """Which generations to list."""
+
+    cursor: str | None = Field(None, description="`next_cursor` of the page before.")
+    limit: int = Field(20, ge=1, le=100)
+    status: Status | None = None
+    model: str | None = None
 
 
 class GenerationList(BaseModel):
@@ -157,6 +171,21 @@ class Model(BaseModel):
 
 class ModelList(BaseModel):
     data: list[Model]
+
+
+class FieldError(BaseModel):
+    field: str = Field(description="As you sent it; below `metadata`, `metadata.name`.")
+    detail: str
+
+
+class Problem(BaseModel):
+    """What went wrong: RFC 9457."""
+
+    type: str = Field(description="A stable name, such as `urn:darkroom:problem:queue-full`.")
+    title: str
+    status: int
+    detail: str
+    errors: list[FieldError] | None = Field(None, description="Each wrong field.")
 
 
 def merged(request: GenerationRequest, **decided: Any) -> Parameters:

@@ -1,69 +1,78 @@
 """Every setting: its default and the reason for it. Read once at start-up; a wrong or unknown one stops it."""
 
 import os
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, DirectoryPath, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 PREFIX = "DARKROOM_"
 FROM_THE_CLIENT_SIDE = {"DARKROOM_URL", "DARKROOM_API_KEY"}  # read by `darkroom generate`, not by the service
 
 
+def seconds(value: object) -> object:
+    """A number of seconds that came as text; of text, pydantic reads ISO 8601 only."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+Duration = Annotated[timedelta, BeforeValidator(seconds)]
+Names = Annotated[tuple[str, ...], NoDecode]
+Keys = Annotated[tuple[tuple[str, str], ...], NoDecode]
+
+SECOND = timedelta(seconds=1)
+
+
 class Settings(BaseSettings):
     """Names are upper-cased and prefixed: `host` is read from `DARKROOM_HOST`. Durations are seconds or ISO 8601."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, env_ignore_empty=True, populate_by_name=True)
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, frozen=True, env_ignore_empty=True, populate_by_name=True, allow_inf_nan=False
+    )
 
     # Where things are
-    redis_url: str | None = Field(
-        None, validation_alias="REDIS_URL"
-    )  # none: an embedded Valkey, so that `up` needs no server
+    redis_url: str | None = Field(None, validation_alias="REDIS_URL")  # none: an embedded Valkey: `up` needs no server
     data_dir: Path = Path("data")  # the embedded server's files, the default blob store and the metrics' files
     blob_url: str | None = None  # none: `<data_dir>/blobs`; `s3://bucket/prefix` when there is more than one machine
-    cards_dir: Path | None = None  # more model cards (*.toml), for models of your own
+    cards_dir: DirectoryPath | None = None  # more model cards (*.toml), for models of your own
 
     # What is served
-    models: Annotated[tuple[str, ...], NoDecode] = ("emoji-sd",)  # the first is the default; the others need a download
-    pinned_models: Annotated[tuple[str, ...], NoDecode] = ()  # never leave memory, whatever else is asked for
-    device: str = "auto"  # cuda where there is one, else cpu
+    models: Names = ("emoji-sd",)  # the first is the default; the others need a download
+    pinned_models: Names = ()  # never leave memory, whatever else is asked for
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")  # auto: cuda where there is one, else cpu
     memory_mib: int = Field(0, ge=0)  # budget for resident models; 0: 80 % of the device, the rest is for activations
     torch_threads: int = Field(0, ge=0)  # 0: torch's own choice; set it when several workers share the cores
 
     # HTTP
     host: str = "127.0.0.1"  # nobody but this machine, until API keys or a proxy are in place
-    port: int = Field(8000, ge=0, le=65535)  # 0: any free port
-    api_keys: Annotated[
-        tuple[tuple[str, str], ...], NoDecode
-    ] = ()  # name=sha256-of-key,…; none: open, for a single user
+    port: int = Field(8000, ge=0, le=65535)  # where tools for development expect one; 0: any free port
+    api_keys: Keys = ()  # name=sha256-of-key,…; none: open, for a single user
     max_body_mib: float = Field(25, gt=0)  # two 4-megapixel PNGs as base64 fit
     max_image_pixels: int = Field(16_777_216, gt=0)  # 4096 × 4096: decoding more would take the API's memory
-    max_wait: timedelta = timedelta(seconds=60)  # `Prefer: wait` never outlasts the usual proxy timeout
+    max_wait: Duration = Field(timedelta(seconds=60), ge=timedelta(0))  # never outlasts the usual proxy timeout
     redis_timeout: float = Field(0.8, gt=0)  # two tries end within the 2 s in which clients are told 503
 
     # Jobs
     max_queued: int = Field(1000, ge=1)  # per model; beyond it clients are told when to come back
-    job_timeout: timedelta = timedelta(minutes=30)  # the longest a generation may run once started
-    result_ttl: timedelta = timedelta(hours=1)  # clients poll for minutes
+    job_timeout: Duration = Field(timedelta(minutes=30), ge=SECOND)  # the longest a generation may run once started
+    result_ttl: Duration = Field(timedelta(hours=1), ge=SECOND)  # clients poll for minutes
     max_attempts: int = Field(3, ge=1)  # one for the request, two for workers that die under it
 
     # Workers
-    lease: int = Field(
-        30, ge=2
-    )  # seconds without a sign of life until another worker takes over; more than the slowest step
-    warm_bonus: float = Field(
-        10, ge=0
-    )  # seconds that a job for a warm model may overtake one whose model must be loaded
+    lease: int = Field(30, ge=2)  # seconds without a sign of life until another takes over; more than the slowest step
+    warm_bonus: float = Field(10, ge=0)  # seconds that a job may overtake one whose model must be loaded first
     max_rows: int = Field(0, ge=0)  # widest forward pass tried at warm-up; 0: the card's figure
-    preview_size: int = Field(256, ge=16)  # longest side of a preview in pixels
-    worker_port: int = Field(
-        0, ge=0, le=65535
-    )  # /livez, /readyz and /metrics of a worker; 0: none (`up` shares the API's)
+    preview_size: int = Field(256, ge=16)  # longest side in pixels: enough to judge by, a few KiB to send
+    worker_port: int = Field(0, ge=0, le=65535)  # a worker's /livez, /readyz, /metrics; 0: none (`up` shares the API's)
 
+    # Logs
     log_format: str = Field("auto", pattern="^(auto|json|console)$")  # auto: json unless a person is watching
-    log_level: str = Field("info", pattern="^(debug|info|warning|error)$")
+    log_level: str = Field("info", pattern="^(debug|info|warning|error)$")  # one line for each thing that happens
 
     @field_validator("models", "pinned_models", mode="before")
     @classmethod
@@ -77,6 +86,13 @@ class Settings(BaseSettings):
             raise ValueError("name at least one model")
         return value
 
+    @field_validator("pinned_models")
+    @classmethod
+    def _served(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
+        if strangers := [name for name in value if name not in info.data.get("models", value)]:
+            raise ValueError(f"{', '.join(strangers)} is not among the models")
+        return value
+
     @field_validator("api_keys", mode="before")
     @classmethod
     def _key_hashes(cls, value: object) -> object:
@@ -84,7 +100,7 @@ class Settings(BaseSettings):
             return value
         pairs = [tuple(part.strip() for part in entry.split("=", 1)) for entry in value.split(",") if entry.strip()]
         for pair in pairs:
-            if len(pair) != 2 or len(pair[1]) != 64 or set(pair[1].lower()) - set("0123456789abcdef"):
+            if len(pair) != 2 or not pair[0] or len(pair[1]) != 64 or set(pair[1].lower()) - set("0123456789abcdef"):
                 raise ValueError("each key is name=<64 hex digits>, the SHA-256 of the key (never the key itself)")
         return tuple((name, digest.lower()) for name, digest in pairs)
 
@@ -112,21 +128,30 @@ def as_text(value: Any) -> str | None:
             return str(value)
 
 
-def unknown_variables(environment: dict[str, str]) -> list[str]:
+def variable(name: str) -> str:
+    """Where a setting is read from."""
+    return "REDIS_URL" if name == "redis_url" else f"{PREFIX}{name.upper()}"
+
+
+def unknown_variables(environment: Mapping[str, str]) -> list[str]:
     """The `DARKROOM_*` variables that no setting reads: a typing error must not keep a default in silence."""
-    known = {f"{PREFIX}{name}".upper() for name in Settings.model_fields} | FROM_THE_CLIENT_SIDE
-    return sorted(name for name in environment if name.startswith(PREFIX) and name not in known)
+    known = {variable(name) for name in Settings.model_fields} | FROM_THE_CLIENT_SIDE
+    return sorted(name for name in environment if name.upper().startswith(PREFIX) and name not in known)
 
 
 def read_settings(**given: Any) -> Settings:
     """The settings of this process: what is given here, then the environment, then the defaults.
 
     Raises:
-        SystemExit: a variable is unknown or a value is wrong; the message names it.
+        SystemExit: a variable is unknown or a value is wrong; the message names it, and not the value: it may be a key.
     """
-    if unknown := unknown_variables(dict(os.environ)):
+    if unknown := unknown_variables(os.environ):
         raise SystemExit(f"unknown setting: {', '.join(unknown)}")
     try:
         return Settings(**{name: value for name, value in given.items() if value is not None})
-    except ValueError as error:
-        raise SystemExit(f"wrong setting: {error}") from None
+    except ValidationError as error:
+        wrong = "; ".join(
+            f"{variable(str(entry['loc'][0]))}: {entry['msg'].removeprefix('Value error, ')}"
+            for entry in error.errors()
+        )
+        raise SystemExit(f"wrong setting: {wrong}") from None

@@ -79,8 +79,11 @@ class ModelCard(Strict):
 
     @model_validator(mode="after")
     def _defaults_are_possible(self) -> "ModelCard":
-        if self.defaults.scheduler not in self.schedulers:
-            raise ValueError(f"defaults.scheduler {self.defaults.scheduler!r} is not among the schedulers")
+        defaults = self.defaults.model_dump(exclude={"strength"})
+        size = self.size.model_dump(include={"width", "height"})
+        ordinary = GenerationRequest.model_validate({"prompt": "an ordinary one", **size, **defaults})
+        if problems := [f"default {field}: {what}" for field, what in self._limit_problems(ordinary)]:
+            raise ValueError("; ".join(problems))
         return self
 
     def public(self) -> Model:
@@ -89,6 +92,12 @@ class ModelCard(Strict):
 
     def problems(self, request: GenerationRequest) -> Iterator[tuple[str, str]]:
         """What this model cannot do of a request: (field, what is wrong)."""
+        yield from self._limit_problems(request)
+        if request.task not in self.tasks:
+            field = "mask" if request.mask is not None else "image"
+            yield field, f"{self.name} does not do {request.task}"
+
+    def _limit_problems(self, request: GenerationRequest) -> Iterator[tuple[str, str]]:
         for field in ("width", "height"):
             if (pixels := getattr(request, field)) is not None:
                 yield from self._size_problems(field, pixels)
@@ -98,9 +107,6 @@ class ModelCard(Strict):
                 yield field, f"{value} is more than {self.name} allows ({limit})"
         if request.scheduler is not None and request.scheduler not in self.schedulers:
             yield "scheduler", f"{self.name} has no {request.scheduler!r}; it has {', '.join(self.schedulers)}"
-        if request.task not in self.tasks:
-            field = "mask" if request.mask is not None else "image"
-            yield field, f"{self.name} does not do {request.task}"
 
     def _size_problems(self, field: str, pixels: int) -> Iterator[tuple[str, str]]:
         size = self.size

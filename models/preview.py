@@ -25,7 +25,8 @@ class LatentColours:
         pictures = torch.nn.functional.interpolate(coarse, (size, size), mode="bicubic").clamp(-1, 1)
         with torch.no_grad():
             latents = encode(pictures.to(device)).float().cpu()
-        colours = torch.nn.functional.adaptive_avg_pool2d(pictures, latents.shape[-2:])
+        height, width = latents.shape[-2:]
+        colours = torch.nn.functional.adaptive_avg_pool2d(pictures, (height, width))
         return cls(torch.linalg.lstsq(with_bias(latents), pixels_last(colours)).solution)
 
     def paint(self, latents: Tensor) -> Tensor:

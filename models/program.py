@@ -1,7 +1,7 @@
 """A request is a program: a generator that yields `Call`s and is resumed with its rows' outputs.
 
-All that a request owns (latents, position, sampler, generator, guidance) is a local variable of its program. A program is
-deterministic but for the outputs of its nets, and knows nothing of the others that share its forward passes.
+All that a request owns (latents, position, sampler, generator, guidance) is a local variable of its program. A program
+is deterministic but for the outputs of its nets, and knows nothing of the others that share its forward passes.
 """
 
 from collections.abc import Callable, Generator
@@ -18,8 +18,9 @@ BUCKETS = (1, 2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48)  # 64 rows and mor
 class Net:
     """A resident callable and how its rows may be batched. Identity is what calls are grouped by.
 
-    `run` takes keyword arguments and returns tensors (in any nesting of tuples, lists, dicts and diffusers outputs) whose
-    first dimension is the rows. `shared` names arguments that are not per row: calls meet only where these are equal.
+    `run` takes keyword arguments and returns tensors (in any nesting of tuples, lists, dicts and diffusers outputs)
+    whose first dimension is the rows; empty rows, which it must bear, are zeros. `shared` names arguments that are not
+    per row: calls meet only where these are equal.
     """
 
     name: str
@@ -41,7 +42,7 @@ class Call:
     net: Net
     args: dict[str, Any]
     rows: int
-    at: tuple[int, int] | None = None  # denoising step i of n is about to run: progress
+    at: tuple[int, int] | None = None  # i of n denoising steps are done: progress
     estimate: Tensor | None = None  # what the picture looks like so far, [1, C, h, w] latents: previews
 
 

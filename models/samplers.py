@@ -1,7 +1,7 @@
 """Samplers: any diffusers scheduler, and most of them as a table of coefficients.
 
-Every unclipped sampler with a short memory is linear in the sample, the model's outputs and the noise, so running it once
-on basis vectors reads its coefficients off exactly:
+Every unclipped sampler with a short memory is linear in the sample, the model's outputs and the noise, so running it
+once on basis vectors reads its coefficients off exactly:
 
     x' = c[i] · (x, e, noise, e₁, x₁, e₂, x₂)        subscripts count steps back
 
@@ -12,7 +12,7 @@ Those that are not linear (`unipc`, `pndm`: a longer memory) step their own sche
 import contextlib
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -45,11 +45,10 @@ class Sampler(Protocol):
     """What a program asks of its sampler; `i` counts from the step that it begins with."""
 
     timesteps: Tensor  # [N]
-    order: int  # model calls for one step of num_inference_steps
+    scales: Tensor  # [N], of the sample on its way into the net
+    coefficients: Tensor  # [N, 7], of the update inside the net call
     init_noise_sigma: float
 
-    def scale(self, i: int) -> float: ...  # of the sample on its way into the net
-    def coefficients(self, i: int) -> Tensor: ...  # [7], of the update inside the net call
     def noise(self, i: int, like: Tensor, rng: torch.Generator) -> Tensor: ...  # drawn just when the scheduler would
     def settle(
         self, i: int, x: Tensor, e: Tensor, updated: Tensor, rng: torch.Generator
@@ -82,7 +81,7 @@ def _frozen(value: Any) -> Any:
 
 
 def start(stock: Any, steps: int, begin: int) -> Tensor:
-    """Set the schedule and return its timesteps from `begin` on. The schedule stays on the CPU: no device waits for it."""
+    """Set the schedule, on the CPU so that no device waits for it, and return its timesteps from `begin` on."""
     stock.set_timesteps(steps, device="cpu")
     if hasattr(stock, "set_begin_index"):
         stock.set_begin_index(begin * stock.order)
@@ -97,17 +96,19 @@ class Table:
     """
 
     def __init__(self, stock: Any, steps: int, begin: int = 0):
-        if stock.config.get("clip_sample") or stock.config.get("thresholding"):
+        its_own = inspect.signature(
+            type(stock).__init__
+        ).parameters  # a configuration also keeps what others understand
+        if any(stock.config.get(option) for option in ("clip_sample", "thresholding") if option in its_own):
             raise ValueError("clipping is not linear, and a probe of ones and zeros would not notice it")
         self.timesteps = start(stock, steps, begin)
-        self.order: int = stock.order
         self.init_noise_sigma = float(getattr(stock, "init_noise_sigma", 1.0))
         count = len(self.timesteps)
-        self._coefficients = torch.zeros(count, 3 + len(MEMORY))
-        self._scales, self._signals, self._noises = ([1.0] * count for _ in range(3))
-        self._draws = [False] * count
-        self._estimates = [estimate_coefficients(stock, t) for t in self.timesteps]
+        self.scales = torch.ones(count)
+        self.coefficients = torch.zeros(count, 3 + len(MEMORY))
+        self._signals, self._noises, self._draws = [1.0] * count, [1.0] * count, [False] * count
         self._read_off(stock)
+        self._estimates = estimates(stock, self.timesteps, self.scales)
 
     def _read_off(self, stock: Any) -> None:
         count = len(self.timesteps)
@@ -117,11 +118,11 @@ class Table:
             self._signals[i] = float(noised(stock, torch.ones(1, 1), torch.zeros(1, 1), t))
             self._noises[i] = float(noised(stock, torch.zeros(1, 1), torch.ones(1, 1), t))
             if hasattr(stock, "scale_model_input"):
-                self._scales[i] = float(stock.scale_model_input(x, t)[0, i])
+                self.scales[i] = stock.scale_model_input(x, t)[0, i]
             with probing(stock, noise) as drawn:
                 updated = stock.step(e, t, x, return_dict=False, **rng)[0][0].float()
             self._draws[i] = bool(drawn)
-            self._coefficients[i] = self._taken(updated, i, count)
+            self.coefficients[i] = self._taken(updated, i, count)
             if updated.abs().max() > 1e-6:
                 raise ValueError(f"{type(stock).__name__} remembers more than two steps, or is not linear, at step {i}")
 
@@ -136,12 +137,6 @@ class Table:
                 updated[kind * count + i - back] = 0
         return taken
 
-    def scale(self, i: int) -> float:
-        return self._scales[i]
-
-    def coefficients(self, i: int) -> Tensor:
-        return self._coefficients[i]
-
     def noise(self, i: int, like: Tensor, rng: torch.Generator) -> Tensor:
         if not self._draws[i]:
             return torch.zeros_like(like)
@@ -155,7 +150,7 @@ class Table:
 
     def estimate(self, i: int, x: Tensor, e: Tensor) -> Tensor:
         of_x, of_e = self._estimates[i]
-        return of_x * self._scales[i] * x + of_e * e
+        return of_x * x + of_e * e
 
 
 class Stepping:
@@ -164,14 +159,11 @@ class Stepping:
     def __init__(self, stock: Any, steps: int, begin: int = 0):
         self.stock = stock
         self.timesteps = start(stock, steps, begin)
-        self.order: int = stock.order
         self.init_noise_sigma = float(stock.init_noise_sigma)
-
-    def scale(self, i: int) -> float:
-        return float(self.stock.scale_model_input(torch.ones(1), self.timesteps[i]))
-
-    def coefficients(self, i: int) -> Tensor:
-        return torch.zeros(3 + len(MEMORY))
+        count = len(self.timesteps)
+        self.scales = torch.ones(count)  # neither of them scales
+        self.coefficients = torch.zeros(count, 3 + len(MEMORY))
+        self._estimates = estimates(stock, self.timesteps, self.scales)
 
     def noise(self, i: int, like: Tensor, rng: torch.Generator) -> Tensor:
         return torch.zeros_like(like)
@@ -184,8 +176,13 @@ class Stepping:
         return noised(self.stock, x0, noise, self.timesteps[i])
 
     def estimate(self, i: int, x: Tensor, e: Tensor) -> Tensor:
-        of_x, of_e = estimate_coefficients(self.stock, self.timesteps[i])
-        return of_x * self.scale(i) * x + of_e * e
+        of_x, of_e = self._estimates[i]
+        return of_x * x + of_e * e
+
+
+def steps_done(calls_done: int, calls: int, steps: int) -> tuple[int, int]:
+    """Progress in steps, of samplers that call the model more often: Heun twice a step, PNDM once more at the start."""
+    return calls_done * steps // calls, steps
 
 
 def noised(stock: Any, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
@@ -195,9 +192,16 @@ def noised(stock: Any, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     return stock.scale_noise(x0, t.reshape(1), noise)  # flow matching
 
 
+def estimates(stock: Any, timesteps: Tensor, scales: Tensor) -> list[tuple[float, float]]:
+    """For each timestep, how x0 follows from the sample and the model's output."""
+    pairs = ((estimate_coefficients(stock, t), float(scale)) for t, scale in zip(timesteps, scales, strict=True))
+    return [(of_x * scale, of_e) for (of_x, of_e), scale in pairs]
+
+
 def estimate_coefficients(stock: Any, t: Tensor) -> tuple[float, float]:
     """How x0 follows from the variance-preserving sample and the model's output: Salimans & Ho 2022, appendix D."""
-    if not hasattr(stock, "alphas_cumprod"):  # flow matching: x_t = (1 - σ) x0 + σ noise, and e = noise - x0
+    flow = not hasattr(stock, "alphas_cumprod") or stock.config.prediction_type == "flow_prediction"
+    if flow:  # x_t = (1 - σ) x0 + σ noise, and e = noise - x0
         return 1.0, -float(t) / stock.config.num_train_timesteps
     position = min(max(float(t), 0.0), len(stock.alphas_cumprod) - 1.0)  # Euler's timesteps lie between two
     low = int(position)
@@ -216,8 +220,8 @@ def estimate_coefficients(stock: Any, t: Tensor) -> tuple[float, float]:
 
 
 def one_hot(size: int, at: int) -> Tensor:
-    """[1, size]"""
-    vector = torch.zeros(1, size)
+    """[1, size]; float64, as some coefficients are small differences of large numbers."""
+    vector = torch.zeros(1, size, dtype=torch.float64)
     vector[0, at] = 1
     return vector
 
@@ -227,10 +231,10 @@ def _own_noise(stock: Any) -> torch.Generator | None:
 
 
 @contextlib.contextmanager
-def probing(stock: Any, noise: Tensor) -> Iterator[list[bool]]:
+def probing(stock: Any, noise: Tensor) -> Generator[list[bool]]:
     """While it lasts, this scheduler's module draws `noise`; the list notes each draw."""
-    module, drawn = sys.modules[type(stock).__module__], list[bool]()
-    if not hasattr(module, "randn_tensor"):
+    module, drawn = vars(sys.modules[type(stock).__module__]), list[bool]()
+    if "randn_tensor" not in module:
         yield drawn
         return
 
@@ -238,12 +242,12 @@ def probing(stock: Any, noise: Tensor) -> Iterator[list[bool]]:
         drawn.append(True)
         return noise.reshape(shape)
 
-    own = module.randn_tensor
-    module.randn_tensor = draw
+    own = module["randn_tensor"]
+    module["randn_tensor"] = draw
     try:
         yield drawn
     finally:
-        module.randn_tensor = own
+        module["randn_tensor"] = own
 
 
 def frozen_config(stock: Any) -> Mapping[str, Any]:

@@ -1,9 +1,10 @@
 """Stable Diffusion (Rombach et al. 2022): text-to-image, image-to-image and inpainting as one straight-line program.
 
-Guidance and the sampler's update happen inside the net call, for all rows at once; the rest is plain code between calls.
-The results are those of diffusers' StableDiffusion*Pipeline, draw for draw from the same generator.
+Guidance and the sampler's update happen inside the net call, for all rows at once; the rest is plain code between
+calls. The results are those of diffusers' StableDiffusion*Pipeline, draw for draw from the same generator.
 """
 
+from collections.abc import Generator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -46,7 +47,7 @@ class StableDiffusion:
         self.denoiser = Net("denoise", self.denoise, buckets=buckets, reproducible_rows=card.reproducible_rows)
         self.text_encoder = Net("encode_text", self.encode_text, width=32)
         self.image_encoder = Net("encode_image", self.encode_image, width=1)
-        self.decoder = Net("decode", self.decode, buckets=(1, 2, 4, 8))
+        self.decoder = Net("decode", self.decode, buckets=(1, 2, 4, 8), width=8)
 
     # -- the nets: rows in, rows out
 
@@ -107,7 +108,7 @@ class StableDiffusion:
 
         left_out = skipped_steps(r)
         sampler = samplers.sampler(r.scheduler, self.scheduler_config, r.num_inference_steps, left_out)
-        count = len(sampler.timesteps)
+        calls, steps = len(sampler.timesteps), r.num_inference_steps - left_out
         shape = (1, self.channels, r.height // self.factor, r.width // self.factor)
         blending = inputs.mask is not None and self.inpaints_by_blending
 
@@ -122,44 +123,47 @@ class StableDiffusion:
 
         repaint = extra = None
         if inputs.image is not None and inputs.mask is not None:
-            hole, repaint = self.masks(inputs.mask, shape)
+            hole, mask = self.masks(inputs.mask, shape)
             if blending:
+                repaint = mask
                 self.noise(shape, rng)  # the stock pipeline draws here too, for masked latents that it does not use
             else:
                 kept = yield from self.latents(self.pixels(inputs.image) * (hole < 0.5), rng)
-                extra = torch.cat([repaint, kept], 1).expand(rows, -1, -1, -1)
+                extra = torch.cat([mask, kept], 1).expand(rows, -1, -1, -1)
 
         unconditional, conditional = UNCONDITIONAL_THEN_CONDITIONAL if guided else ALONE
         unchanging = {
             "context": context,
-            "guidance_scale": torch.full((rows,), r.guidance_scale if guided else 1.0, device=self.device),
+            "guidance_scale": torch.tensor(r.guidance_scale if guided else 1.0, device=self.device),
             "unconditional": unconditional.to(self.device),
             "conditional": conditional.to(self.device),
         }
         if extra is not None:
             unchanging["extra"] = extra
+        timesteps, scales = sampler.timesteps.float().to(self.device), sampler.scales.to(self.device)
+        coefficients = sampler.coefficients.to(self.device)
         e1 = x1 = e2 = x2 = torch.zeros_like(x)
         estimate = None
-        for i in range(count):
+        for i in range(calls):
             fresh = sampler.noise(i, x, rng)
             args = unchanging | {
                 "sample": x.expand(rows, -1, -1, -1),
                 "noise": fresh.expand(rows, -1, -1, -1),
                 "memory": torch.stack([e1, x1, e2, x2], 1).expand(rows, -1, -1, -1, -1),
-                "timestep": torch.full((rows,), float(sampler.timesteps[i]), device=self.device),
-                "scale": torch.full((rows,), sampler.scale(i), device=self.device),
-                "coefficients": sampler.coefficients(i).to(self.device).expand(rows, -1),
+                "timestep": timesteps[i],
+                "scale": scales[i],
+                "coefficients": coefficients[i].expand(rows, -1),
             }
-            updated, e = yield Call(self.denoiser, args, rows, (i, count), estimate)
+            updated, e = yield Call(self.denoiser, args, rows, samplers.steps_done(i, calls, steps), estimate)
             updated, e = updated[:1], e[:1]
             estimate = sampler.estimate(i, x, e)
             e2, x2, e1, x1 = e1, x1, e, x
             x = sampler.settle(i, x, e, updated, rng)
-            if blending:
-                behind = sampler.add_noise(i + 1, x0, noise) if i + 1 < count else x0
-                x = (1 - repaint) * behind + repaint * x
+            if repaint is not None and x0 is not None:
+                around = sampler.add_noise(i + 1, x0, noise) if i + 1 < calls else x0
+                x = (1 - repaint) * around + repaint * x
 
-        picture = yield Call(self.decoder, {"latents": x}, 1, (count, count))
+        picture = yield Call(self.decoder, {"latents": x}, 1, (steps, steps))
         return picture[0].cpu()
 
     # -- what the program starts from
@@ -178,10 +182,11 @@ class StableDiffusion:
 
     def warnings(self, r: Parameters) -> list[str]:
         """What of the prompts the text encoder will not see."""
+        tokenizer = self.pipeline.tokenizer
         return [
             f"{field} is cut after {cut.kept} tokens: {cut.lost!r} is not seen"
             for field, text in (("prompt", r.prompt), ("negative_prompt", r.negative_prompt))
-            if (cut := cut_off(self.pipeline.tokenizer, text))
+            if (cut := cut_off(tokenizer, text, tokenizer.model_max_length))
         ]
 
     def noise(self, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
@@ -192,7 +197,7 @@ class StableDiffusion:
         """[1, 3, H, W] in [-1, 1]"""
         return self.pipeline.image_processor.preprocess(image)
 
-    def latents(self, pixels: Tensor, rng: torch.Generator) -> Any:
+    def latents(self, pixels: Tensor, rng: torch.Generator) -> Generator[Call, Any, Tensor]:
         """A draw from the posterior of the picture's latents, [1, C, h, w]."""
         mean, std = yield Call(self.image_encoder, {"pixels": pixels}, 1)
         drawn = randn_tensor(mean.shape, generator=rng, device=self.device, dtype=self.dtype)
@@ -211,10 +216,10 @@ class StableDiffusion:
 
 
 def skipped_steps(r: Parameters) -> int:
-    """How many steps image-to-image leaves out: the stock pipelines' `get_timesteps`."""
+    """How many steps image-to-image leaves out: the stock pipelines' `get_timesteps`, but at least one is taken."""
     if r.strength is None:
         return 0
-    return r.num_inference_steps - min(int(r.num_inference_steps * r.strength), r.num_inference_steps)
+    return r.num_inference_steps - max(int(r.num_inference_steps * r.strength), 1)
 
 
 @dataclass(frozen=True)
@@ -223,8 +228,8 @@ class Cut:
     lost: str
 
 
-def cut_off(tokenizer: Any, text: str) -> Cut | None:
-    """What a tokenizer with a start and an end token has no room for."""
+def cut_off(tokenizer: Any, text: str, length: int) -> Cut | None:
+    """What has no room in `length` tokens, of which some mark the start and the end."""
     ids = tokenizer(text, add_special_tokens=False).input_ids
-    room = tokenizer.model_max_length - 2
+    room = length - tokenizer.num_special_tokens_to_add()
     return Cut(room, tokenizer.decode(ids[room:]).strip()) if len(ids) > room else None

@@ -8,14 +8,18 @@ scheduler's small operations, exact by construction, and the oracle of the tests
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Generator, Mapping
+from typing import TYPE_CHECKING, Any, cast
 
 import greenlet
 import torch
-from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, AutoPipelineForText2Image
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.pipelines.auto_pipeline import (
+    AutoPipelineForImage2Image,
+    AutoPipelineForInpainting,
+    AutoPipelineForText2Image,
+)
 from torch import Tensor
 
 from app.schemas import Parameters, Task
@@ -27,6 +31,7 @@ from models.stable_diffusion import Inputs, cut_off
 
 DENOISERS = ("unet", "transformer")
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder")
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 NOT_PER_ROW = frozenset({"txt_ids", "img_ids"})  # FLUX's positions
 AUTO: dict[Task, Any] = {
     "text-to-image": AutoPipelineForText2Image,
@@ -46,6 +51,8 @@ class StockPipelines:
         self.pipelines = {task: AUTO[task].from_pipe(pipeline) for task in card.tasks}
         for one in self.pipelines.values():
             one.set_progress_bar_config(disable=True)
+        if pipeline.vae.config.force_upcast and pipeline.vae.dtype == torch.float16:
+            pipeline.vae.to(torch.float32)  # each request would otherwise do so and undo it, under the others' feet
         self.scheduler_config = samplers.frozen_config(pipeline.scheduler)
         self.nets = nets(pipeline, card)
         self.denoiser = next(self.nets[name] for name in DENOISERS if name in self.nets)
@@ -65,6 +72,7 @@ class StockPipelines:
             "image": inputs.image,
             "mask_image": inputs.mask,
             "strength": r.strength,
+            "max_sequence_length": self.card.limits.prompt_tokens,
             "generator": generator(seed),
             "output_type": "pt",
         }
@@ -76,17 +84,21 @@ class StockPipelines:
 
     def warnings(self, r: Parameters) -> list[str]:
         """What of the prompts the text encoders will not see: judged by the tokenizer that takes most."""
-        tokenizers = [self.pipeline.components[name] for name in ("tokenizer", "tokenizer_2", "tokenizer_3")
-                      if self.pipeline.components.get(name) is not None]  # fmt: skip
-        roomiest = max(tokenizers, key=lambda tokenizer: tokenizer.model_max_length)
-        cut = cut_off(roomiest, r.prompt)
+        named = (self.pipeline.components.get(name) for name in TOKENIZERS)
+        roomiest = max(filter(None, named), key=lambda tokenizer: tokenizer.model_max_length)
+        cut = cut_off(roomiest, r.prompt, min(roomiest.model_max_length, self.card.limits.prompt_tokens))
         return [f"prompt is cut after {cut.kept} tokens: {cut.lost!r} is not seen"] if cut else []
 
     @functools.cached_property
     def colours(self) -> LatentColours:
         """For previews."""
         vae = self.pipeline.vae
-        return LatentColours.fit(lambda pixels: vae.encode(pixels.to(vae.dtype)).latent_dist.mean, self.device)
+
+        def encode(pixels: Tensor) -> Tensor:
+            mean = vae.encode(pixels.to(vae.dtype)).latent_dist.mean
+            return (mean - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+
+        return LatentColours.fit(encode, self.device)
 
 
 def nets(pipeline: Any, card: ModelCard) -> dict[str, Net]:
@@ -101,12 +113,19 @@ def nets(pipeline: Any, card: ModelCard) -> dict[str, Net]:
         if (module := pipeline.components.get(name)) is not None:
             found[name] = Net(name, module, width=32)
     vae = pipeline.vae
-    found["vae.decode"] = Net("vae.decode", lambda z: vae.decode(z, return_dict=False)[0], buckets=(1, 2, 4, 8))
-    found["vae.encode"] = Net("vae.encode", lambda x: vae.encode(x).latent_dist.parameters, width=1)
+
+    def decode(z: Tensor) -> Tensor:
+        return vae.decode(z.to(vae.dtype), return_dict=False)[0]
+
+    def encode(x: Tensor) -> Tensor:
+        return vae.encode(x.to(vae.dtype)).latent_dist.parameters
+
+    found["vae.decode"] = Net("vae.decode", decode, buckets=(1, 2, 4, 8), width=8)
+    found["vae.encode"] = Net("vae.encode", encode, width=1)
     return found
 
 
-def stock(pipeline: Any, nets: Mapping[str, Net], scheduler: Any = None, **arguments: Any) -> Program:
+def stock(pipeline: Any, nets: Mapping[str, Net], scheduler: Any = None, **arguments: Any) -> Generator[Call, Any, Any]:
     """Run `pipeline(**arguments)` as a program; returns the pipeline's own output.
 
     Args:
@@ -114,19 +133,23 @@ def stock(pipeline: Any, nets: Mapping[str, Net], scheduler: Any = None, **argum
         scheduler: this request's own; a copy of the pipeline's if none.
     """
     own = copy.copy(pipeline)  # shares weights; has its own scheduler and per-call attributes (_guidance_scale, …)
-    own.__dict__["scheduler"] = watched = Watched(scheduler or copy.deepcopy(pipeline.scheduler))
-    own.__dict__["maybe_free_model_hooks"] = lambda: None  # would reset caches that other requests are using
+    watched = Watched(scheduler or copy.deepcopy(pipeline.scheduler), own, arguments)
 
     def suspend(call: Call) -> Any:
-        return greenlet_running.parent.switch(call)
+        return cast(greenlet.greenlet, inner.parent).switch(call)  # what runs has a parent
 
+    replaced: dict[str, Any] = {
+        "scheduler": watched,
+        "maybe_free_model_hooks": lambda: None,  # would reset caches that other requests are using
+    }
     for name, net in nets.items():
         if name in DENOISERS:
-            own.__dict__[name] = Denoiser(own.__dict__[name], net, suspend, watched)
+            replaced[name] = Denoiser(getattr(own, name), net, suspend, watched)
         elif name in ENCODERS:
-            own.__dict__[name] = Proxy(own.__dict__[name], net, suspend)
+            replaced[name] = Proxy(getattr(own, name), net, suspend)
     if "vae.decode" in nets:
-        own.__dict__["vae"] = Autoencoder(own.__dict__["vae"], nets, suspend)
+        replaced["vae"] = Autoencoder(own.vae, nets, suspend, watched)
+    own.__dict__.update(replaced)
 
     ended = object()
     output: Any = None
@@ -136,23 +159,24 @@ def stock(pipeline: Any, nets: Mapping[str, Net], scheduler: Any = None, **argum
         output = own(**arguments)
         return ended
 
-    greenlet_running = greenlet.greenlet(whole)
+    inner = greenlet.greenlet(whole)
     try:
-        call = greenlet_running.switch()
+        call = inner.switch()
         while call is not ended:
             try:
                 value = yield call
             except Exception as error:  # the engine's word that the call failed belongs to the pipeline
-                greenlet_running.parent = greenlet.getcurrent()
-                call = greenlet_running.throw(error)
+                inner.parent = greenlet.getcurrent()
+                call = inner.throw(error)
             else:
-                greenlet_running.parent = greenlet.getcurrent()
-                call = greenlet_running.switch(value)
+                inner.parent = greenlet.getcurrent()
+                call = inner.switch(value)
         return output
     finally:
-        if not greenlet_running.dead:
-            greenlet_running.parent = greenlet.getcurrent()
-            greenlet_running.throw()
+        if not inner.dead:
+            inner.parent = greenlet.getcurrent()
+            inner.throw()
+        own.__dict__.clear()  # its proxies refer back to it; now what the request held is free at once
 
 
 class Proxy:
@@ -161,21 +185,31 @@ class Proxy:
     def __init__(self, module: Any, net: Net, suspend: Suspend):
         self.__dict__.update(module=module, net=net, suspend=suspend)
 
-    __class__ = property(lambda self: type(self.module))  # isinstance(proxy, nn.Module): device and dtype look-ups work
+    if not TYPE_CHECKING:  # isinstance(proxy, nn.Module) holds, so that device and dtype look-ups work
+        __class__ = property(lambda self: type(self.module))
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.module, name)
+        return getattr(self.__dict__["module"], name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError("resident modules are read-only for requests")
 
+    def to(self, *_: Any, **__: Any) -> "Proxy":
+        """SDXL casts its autoencoder before and after use; the others are using it."""
+        return self
+
     def __call__(self, *positional: Any, **named: Any) -> Any:
-        names = list(inspect.signature(self.module.forward).parameters)
-        return self.suspend(self.call(dict(zip(names, positional, strict=False)) | named))
+        return self.suspend(self.call(dict(zip(forward_names(type(self.module)), positional, strict=False)) | named))
 
     def call(self, args: dict[str, Any]) -> Call:
         rows = next(value.shape[0] for value in args.values() if isinstance(value, Tensor) and value.ndim)
         return Call(self.net, args, rows)
+
+
+@functools.cache
+def forward_names(module: Any) -> list[str]:
+    """The arguments of a module class's `forward`, in order."""
+    return list(inspect.signature(module.forward).parameters)[1:]
 
 
 class Denoiser(Proxy):
@@ -197,43 +231,63 @@ class Denoiser(Proxy):
 class Watched:
     """A request's scheduler, which also remembers how far it is and what the picture looks like."""
 
-    def __init__(self, scheduler: Any):
-        self.scheduler = scheduler
+    def __init__(self, scheduler: Any, pipeline: Any, arguments: Mapping[str, Any]):
+        self.scheduler, self.pipeline, self.arguments = scheduler, pipeline, arguments
         self.estimate: Tensor | None = None
-        self.steps = 0
+        self.calls_done = 0
 
-    __class__ = property(lambda self: type(self.scheduler))
+    if not TYPE_CHECKING:
+        __class__ = property(lambda self: type(self.scheduler))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["scheduler"], name)
 
     @property
     def position(self) -> tuple[int, int]:
-        begin = (self.scheduler.begin_index or 0) if hasattr(self.scheduler, "begin_index") else 0
-        return self.steps, len(self.scheduler.timesteps) - begin
+        """Steps done, of how many; image-to-image leaves some of the schedule out."""
+        scheduled = len(self.scheduler.timesteps)
+        calls = getattr(self.pipeline, "_num_timesteps", scheduled)
+        left_out = (scheduled - calls) // self.scheduler.order
+        return samplers.steps_done(self.calls_done, calls, self.scheduler.num_inference_steps - left_out)
 
     @property
     def step(self) -> Callable[..., Any]:
         @functools.wraps(self.scheduler.step)
-        def step(*positional: Any, **named: Any) -> Any:
-            output = self.scheduler.step(*positional, **named)
-            self.steps += 1
-            if isinstance(output, tuple) and output[-1].ndim == 4:  # (next sample, x0 where the scheduler says)
-                self.estimate = output[-1][:1]
-            return output
+        def step(model_output: Tensor, timestep: Any, sample: Tensor, *positional: Any, **named: Any) -> Any:
+            if model_output.shape == sample.shape:  # a learned variance has more channels
+                self.estimate = self._estimate(model_output, timestep, sample)
+            self.calls_done += 1
+            return self.scheduler.step(model_output, timestep, sample, *positional, **named)
 
         return step
+
+    def _estimate(self, e: Tensor, t: Any, x: Tensor) -> Tensor | None:
+        scale = float(self.scheduler.scale_model_input(torch.ones(1), t)) if hasattr(self, "scale_model_input") else 1.0
+        of_x, of_e = samplers.estimate_coefficients(self.scheduler, t)
+        return as_picture(of_x * scale * x[:1] + of_e * e[:1], self.pipeline, self.arguments)
+
+
+def as_picture(latents: Tensor, pipeline: Any, arguments: Mapping[str, Any]) -> Tensor | None:
+    """[1, C, h, w], also of latents that FLUX holds as a sequence of 2 x 2 patches, [1, h/2 · w/2, 4 C]."""
+    if latents.ndim == 4:
+        return latents
+    patch = 2 * pipeline.vae_scale_factor
+    height, width = arguments.get("height", 0) // patch, arguments.get("width", 0) // patch
+    if latents.ndim != 3 or latents.shape[1] != height * width or latents.shape[2] % 4:
+        return None
+    patches = latents.view(1, height, width, -1, 2, 2)
+    return patches.permute(0, 3, 1, 4, 2, 5).reshape(1, -1, 2 * height, 2 * width)
 
 
 class Autoencoder(Proxy):
     """A proxy with two nets: encode and decode."""
 
-    def __init__(self, module: Any, nets: Mapping[str, Net], suspend: Suspend):
+    def __init__(self, module: Any, nets: Mapping[str, Net], suspend: Suspend, scheduler: Watched):
         super().__init__(module, nets["vae.decode"], suspend)
-        self.__dict__["nets"] = nets
+        self.__dict__.update(nets=nets, scheduler=scheduler)
 
     def decode(self, z: Tensor, return_dict: bool = True, **_: Any) -> Any:
-        pixels = self.suspend(Call(self.nets["vae.decode"], {"z": z}, z.shape[0]))
+        pixels = self.suspend(Call(self.nets["vae.decode"], {"z": z}, z.shape[0], self.scheduler.position))
         return Decoded(pixels) if return_dict else (pixels,)
 
     def encode(self, x: Tensor, return_dict: bool = True) -> Any:

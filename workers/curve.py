@@ -1,17 +1,17 @@
 """How long a pass takes at each row count, measured; and from that, how wide a pass should be."""
 
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils import _pytree as torch_pytree
 
 from app.schemas import Parameters
 from models.families import Resident
 from models.program import Call, Net, Program
 from models.stable_diffusion import Inputs
-from workers.engine import BATCHED, take_apart
+from workers.engine import take_apart
 
 CLOSE_TO_PEAK = 0.95  # a wider pass than this needs buys little throughput and costs everybody latency
 
@@ -46,19 +46,21 @@ def warm_up(resident: Resident, max_rows: int) -> Curve:
 def example_calls(resident: Resident) -> tuple[Call, Call]:
     """A denoising call with guidance and the decoding call of an ordinary picture."""
     card = resident.card
-    request = Parameters(
-        model=card.name,
-        prompt="warming up",
-        width=card.size.width,
-        height=card.size.height,
-        num_inference_steps=2,
-        guidance_scale=2.0,
-        scheduler=card.defaults.scheduler,
-        seed=0,
+    request = Parameters.model_validate(
+        {
+            "model": card.name,
+            "prompt": "warming up",
+            "width": card.size.width,
+            "height": card.size.height,
+            "num_inference_steps": 2,
+            "guidance_scale": 2.0,
+            "scheduler": card.defaults.scheduler,
+            "seed": 0,
+        }
     )
-    program = resident.draw(request, 0, Inputs())
-    call = run_until(program, program.send(None), resident.denoiser)
-    return call, run_until(program, call, resident.decoder)
+    with closing(resident.draw(request, 0, Inputs())) as program:
+        call = run_until(program, program.send(None), resident.denoiser)
+        return call, run_until(program, call, resident.decoder)
 
 
 def run_until(program: Program, call: Call, net: Net) -> Call:
@@ -69,16 +71,16 @@ def run_until(program: Program, call: Call, net: Net) -> Call:
 
 
 def measure(net: Net, call: Call, max_rows: int, rounds: int = 3) -> Curve:
-    """The shortest pass at each bucket, up to where more rows no longer pay.
+    """The shortest pass at each bucket that the call's rows fill, up to where more no longer pay.
 
     Round after round over all buckets, so that a moment's noise does not fall on one of them alone.
     """
     arguments: dict[int, dict[str, Any]] = {}
     seconds: dict[int, float] = {}
     best, since_best = 0.0, 0
-    for rows in net.buckets:
-        if rows % call.rows or (rows > max_rows and seconds) or since_best == 3:
-            continue
+    for rows in [bucket for bucket in net.buckets if bucket % call.rows == 0] or [call.rows]:
+        if (rows > max_rows and seconds) or since_best == 3:
+            break
         arguments[rows] = tiled(call, rows)
         timed(net, arguments[rows])  # the first pass of a shape also prepares for it
         seconds[rows] = timed(net, arguments[rows])
@@ -93,9 +95,7 @@ def measure(net: Net, call: Call, max_rows: int, rounds: int = 3) -> Curve:
 def tiled(call: Call, rows: int) -> dict[str, Any]:
     """The call's arguments, repeated to so many rows."""
     columns = take_apart(call)
-    wide = iter([column.repeat(rows // call.rows, *[1] * (column.ndim - 1)) for column in columns.batched])
-    leaves = [next(wide) if leaf is BATCHED else leaf for leaf in columns.leaves]
-    return torch_pytree.tree_unflatten(leaves, columns.spec)
+    return columns.arguments(column.repeat(rows // call.rows, *[1] * (column.ndim - 1)) for column in columns.batched)
 
 
 def timed(net: Net, arguments: dict[str, Any]) -> float:

@@ -5,17 +5,19 @@ therefore come and go between any two passes, and none waits for a whole batch t
 """
 
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import structlog
 import torch
 from torch import Tensor
 from torch.utils import _pytree as torch_pytree  # knows tuples, dicts, and the outputs of diffusers and transformers
 
 from models.program import Call, Net, Program
+
+log = structlog.get_logger()
 
 
 class Canceled(Exception):
@@ -24,17 +26,19 @@ class Canceled(Exception):
 
 @dataclass(eq=False)
 class Ticket:
-    """A program under way. `seat` is set in the exact lane: which rows of its net's reproducible pass it always gets."""
+    """A program under way. `seat`, set in the exact lane, says which rows of a reproducible pass it always gets."""
 
     program: Program
     seat: int | None = None
-    call: Call | None = None
-    columns: "Columns | None" = None
+    call: Call | None = None  # what it waits for; none once it is done
     at: tuple[int, int] | None = None  # the last denoising step begun, of how many
     estimate: Tensor | None = None
     result: Tensor | None = None
     error: Exception | None = None
     done: bool = False
+
+    def end(self, result: Tensor | None = None, error: Exception | None = None) -> None:
+        self.done, self.result, self.error, self.call = True, result, error, None
 
 
 @dataclass(slots=True)
@@ -43,11 +47,40 @@ class Columns:
 
     key: tuple[Any, ...]
     batched: list[Tensor]
-    leaves: list[Any]  # the batched ones hold their place by `BATCHED`
-    spec: Any
+    trees: dict[str, tuple[list[Any], Any]]  # of each argument: leaves and structure; `BATCHED` where a column goes
+
+    def arguments(self, columns: Iterable[Tensor]) -> dict[str, Any]:
+        """The call's arguments with other columns in the places of its own."""
+        fresh = iter(columns)
+        return {
+            name: torch_pytree.tree_unflatten([next(fresh) if leaf is BATCHED else leaf for leaf in leaves], spec)
+            for name, (leaves, spec) in self.trees.items()
+        }
 
 
 BATCHED = object()
+ONE_LEAF = torch_pytree.tree_structure(torch.empty(0))
+
+
+@dataclass(eq=False, slots=True)
+class Waiting:
+    """A ticket's next call."""
+
+    ticket: Ticket
+    call: Call
+    columns: Columns
+
+
+@dataclass(slots=True)
+class Seating:
+    """The calls that share a pass of so many rows, and the first row of each."""
+
+    places: dict[Waiting, int]
+    rows: int
+
+    @property
+    def net(self) -> Net:
+        return next(iter(self.places)).call.net
 
 
 @dataclass(slots=True)
@@ -64,7 +97,7 @@ class Pass:
 
 class Engine:
     def __init__(self, observe: Callable[[Pass], None] = lambda _: None):
-        self.waiting: deque[Ticket] = deque()  # in the order in which their calls came in
+        self.waiting: list[Waiting] = []  # in the order in which the calls came in
         self.observe = observe
 
     def __bool__(self) -> bool:
@@ -79,103 +112,127 @@ class Engine:
     def cancel(self, ticket: Ticket) -> None:
         """Close a program: its rows are free for the next pass."""
         if not ticket.done:
-            ticket.program.close()
-            ticket.done, ticket.error = True, Canceled()
-            self.waiting.remove(ticket)
+            self.waiting = [waiting for waiting in self.waiting if waiting.ticket is not ticket]
+            ticket.end(error=Canceled())
+            close(ticket.program)
 
     def step(self) -> list[Ticket]:
         """One forward pass. Returns the tickets that are done with it."""
         if not self.waiting:
             return []
-        tickets = self._share_a_pass()
-        for ticket in tickets:
-            self.waiting.remove(ticket)
-        for ticket, outcome in self._run(tickets):
-            self._resume(ticket, outcome)
-        return [ticket for ticket in tickets if ticket.done]
+        seating = together(self.waiting)
+        self.waiting = [waiting for waiting in self.waiting if waiting not in seating.places]
+        for waiting, outcome in self._run(seating):
+            self._resume(waiting.ticket, outcome)
+        return [waiting.ticket for waiting in seating.places if waiting.ticket.done]
 
-    # -- who
-
-    def _share_a_pass(self) -> list[Ticket]:
-        first = self.waiting[0]
-        alike = [t for t in self.waiting if t.columns.key == first.columns.key]
-        if first.seat is None:
-            return dense(alike, first.call.net.width)
-        if first.call.net.reproducible_rows is None or first.call.rows > first.call.net.reproducible_rows:
-            return [first]
-        return list(seated(alike, first.call.net.reproducible_rows))
-
-    # -- how
-
-    def _run(self, tickets: list[Ticket]) -> list[tuple[Ticket, Any]]:
+    def _run(self, seating: Seating) -> list[tuple[Waiting, Any]]:
         """Outcomes of one pass. A failing pass is halved until the culprit is alone: it never hurts its neighbours."""
-        net = tickets[0].call.net
         began = time.perf_counter()
         try:
-            rows, outcomes = exact_pass(tickets) if tickets[0].seat is not None else dense_pass(tickets)
+            outcomes = run(seating)
         except Exception as error:
-            if len(tickets) == 1:
-                return [(tickets[0], error)]
-            half = len(tickets) // 2
-            return self._run(tickets[:half]) + self._run(tickets[half:])
-        used = sum(t.call.rows for t in tickets)
-        self.observe(Pass(net, len(tickets), used, rows, time.perf_counter() - began, tickets))
-        return list(zip(tickets, outcomes, strict=True))
+            calls = len(seating.places)
+            log.warning("pass_failed", net=seating.net.name, calls=calls, rows=seating.rows, exc_info=error)
+            if calls == 1:
+                return [(waiting, error) for waiting in seating.places]
+            return [pair for half in halves(seating) for pair in self._run(half)]
+        used = sum(waiting.call.rows for waiting in seating.places)
+        tickets = [waiting.ticket for waiting in seating.places]
+        self.observe(Pass(seating.net, len(tickets), used, seating.rows, time.perf_counter() - began, tickets))
+        return list(zip(seating.places, outcomes, strict=True))
 
     def _resume(self, ticket: Ticket, outcome: Any) -> None:
         """Hand a program its rows, or what went wrong with them, and note what it wants next."""
         try:
             with torch.no_grad():
-                if isinstance(outcome, Exception):
-                    ticket.call = ticket.program.throw(outcome)
-                else:
-                    ticket.call = ticket.program.send(outcome)
-            ticket.columns = take_apart(ticket.call)
+                program = ticket.program
+                call = program.throw(outcome) if isinstance(outcome, Exception) else program.send(outcome)
+            columns = take_apart(call)
         except StopIteration as end:
-            ticket.done, ticket.result, ticket.call = True, end.value, None
+            ticket.end(result=end.value)
         except Exception as error:
-            with suppress(Exception):
-                ticket.program.close()
-            ticket.done, ticket.error, ticket.call = True, error, None
+            ticket.end(error=error)
+            close(ticket.program)
         else:
-            ticket.at = ticket.call.at or ticket.at
-            ticket.estimate = ticket.call.estimate if ticket.call.estimate is not None else ticket.estimate
-            self.waiting.append(ticket)
+            ticket.call = call
+            ticket.at = call.at or ticket.at
+            ticket.estimate = call.estimate if call.estimate is not None else ticket.estimate
+            self.waiting.append(Waiting(ticket, call, columns))
 
 
-# -- which rows
+def close(program: Program) -> None:
+    """Let a program clean up. What it raises then is nobody's outcome any more."""
+    with suppress(Exception), torch.no_grad():  # a stock pipeline leaves its own no_grad in here
+        program.close()
 
 
-def dense(alike: list[Ticket], width: int) -> list[Ticket]:
+# -- who shares a pass, and which rows
+
+
+def together(waiting: Sequence[Waiting]) -> Seating:
+    """The pass that the longest-waiting call gets, with all that may share it."""
+    first = waiting[0]
+    alike = [one for one in waiting if one.columns.key == first.columns.key]
+    if first.ticket.seat is None:
+        return packed(fitting(alike, first.call.net.width))
+    rows = first.call.net.reproducible_rows
+    if rows is None or first.call.rows > rows:
+        return Seating({first: 0}, first.call.rows)
+    return seated(alike, rows)
+
+
+def fitting(alike: Sequence[Waiting], width: int) -> list[Waiting]:
     """The default lane: as many as fit, in order; at least the first."""
-    chosen, rows = [], 0
-    for ticket in alike:
-        if ticket.seat is None and (not chosen or rows + ticket.call.rows <= width):
-            chosen.append(ticket)
-            rows += ticket.call.rows
+    chosen, rows = list[Waiting](), 0
+    for waiting in alike:
+        if waiting.ticket.seat is None and (not chosen or rows + waiting.call.rows <= width):
+            chosen.append(waiting)
+            rows += waiting.call.rows
     return chosen
 
 
-def seated(alike: list[Ticket], rows: int) -> dict[Ticket, int]:
-    """The exact lane: {ticket: its first row}. Exact calls sit where they always sit, or wait for the next pass if the
-    seat is taken; default-lane calls fill the gaps, for what a neighbour holds changes nothing."""
-    free, places = [True] * rows, dict[Ticket, int]()
+def packed(calls: Sequence[Waiting]) -> Seating:
+    """Back to back, padded to the net's next bucket."""
+    places, used = dict[Waiting, int](), 0
+    for waiting in calls:
+        places[waiting] = used
+        used += waiting.call.rows
+    return Seating(places, next((bucket for bucket in calls[0].call.net.buckets if bucket >= used), used))
 
-    def sit(ticket: Ticket, at: int) -> None:
-        taken = slice(at, at + ticket.call.rows)
-        if all(free[taken]):
-            free[taken] = [False] * ticket.call.rows
-            places[ticket] = at
 
-    for ticket in alike:
-        if ticket.seat is not None:
-            sit(ticket, ticket.seat % (rows // ticket.call.rows) * ticket.call.rows)
-    for ticket in alike:
-        if ticket.seat is None:
-            gaps = (at for at in range(rows - ticket.call.rows + 1) if all(free[at : at + ticket.call.rows]))
-            if (gap := next(gaps, None)) is not None:
-                sit(ticket, gap)
-    return places
+def seated(alike: Sequence[Waiting], rows: int) -> Seating:
+    """The exact lane: a pass of the one size in which exact calls sit where they always sit.
+
+    If its seat is taken, a call waits for the next pass. Default-lane calls fill the gaps, for what a neighbour holds
+    changes nothing.
+    """
+    free, places = [True] * rows, dict[Waiting, int]()
+
+    def sit(waiting: Waiting, at: int) -> bool:
+        taken = slice(at, at + waiting.call.rows)
+        if fits := all(free[taken]):
+            free[taken] = [False] * waiting.call.rows
+            places[waiting] = at
+        return fits
+
+    for waiting in alike:
+        if waiting.ticket.seat is not None:
+            sit(waiting, waiting.ticket.seat % (rows // waiting.call.rows) * waiting.call.rows)
+    for waiting in alike:
+        if waiting.ticket.seat is None:
+            any(sit(waiting, at) for at in range(rows - waiting.call.rows + 1))
+    return Seating(places, rows)
+
+
+def halves(seating: Seating) -> Iterator[Seating]:
+    """Two smaller passes; whoever shares one with an exact call keeps its place, for that call's sake."""
+    calls = list(seating.places)
+    for half in (calls[: len(calls) // 2], calls[len(calls) // 2 :]):
+        if all(waiting.ticket.seat is None for waiting in half):
+            yield packed(half)
+        else:
+            yield Seating({waiting: seating.places[waiting] for waiting in half}, seating.rows)
 
 
 # -- collate, run, scatter
@@ -187,73 +244,65 @@ def take_apart(call: Call) -> Columns:
     Raises:
         TypeError: an argument can be neither batched nor compared.
     """
-    net, rows = call.net, call.rows
-    leaves, spec = torch_pytree.tree_flatten(call.args)
-    names = [name for name, value in call.args.items() for _ in torch_pytree.tree_leaves(value)]
-    batched, places, key = [], [], list[Any]()
-    for name, leaf in zip(names, leaves, strict=True):
-        if isinstance(leaf, Tensor) and name not in net.shared and (leaf.ndim == 0 or leaf.shape[0] == rows):
-            column = leaf.expand(rows) if leaf.ndim == 0 else leaf
-            batched.append(column)
-            places.append(BATCHED)
-            key.append((tuple(column.shape[1:]), column.dtype))
-        else:
-            places.append(leaf)
-            key.append(content(name, leaf))
-    return Columns((id(net), str(spec), tuple(key)), batched, places, spec)
+    rows, shared = call.rows, call.net.shared
+    key, batched, trees = list[Any]([call.net]), list[Tensor](), dict[str, Any]()
+    for name, value in call.args.items():
+        leaves: list[Any] = [value]
+        spec = ONE_LEAF
+        if not isinstance(value, Tensor):
+            leaves, spec = torch_pytree.tree_flatten(value)
+        key += name, spec
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor) and name not in shared and (leaf.ndim == 0 or leaf.shape[0] == rows):
+                column = leaf if leaf.ndim else leaf.expand(rows)
+                batched.append(column)
+                leaves[i] = BATCHED
+                key.append((column.shape[1:], column.dtype, column.device))
+            else:
+                key.append(content(name, leaf))
+        trees[name] = leaves, spec
+    return Columns(tuple(key), batched, trees)
 
 
 def content(name: str, leaf: Any) -> Any:
-    """Something hashable that is equal just when the argument is: never a shortened repr, which would merge strangers."""
+    """Something hashable that is equal just when the argument is; a shortened repr would merge strangers."""
     if isinstance(leaf, Tensor):
-        return leaf.dtype, tuple(leaf.shape), leaf.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-    if leaf is None or isinstance(leaf, bool | int | float | str | torch.dtype | torch.device):
+        flat = leaf.detach().cpu().contiguous().reshape(-1)
+        return leaf.dtype, leaf.shape, leaf.device, flat.view(torch.uint8).numpy().tobytes()
+    if isinstance(leaf, float):
+        return float, leaf.hex()  # 0.0 == -0.0, and not a number is not even equal to itself
+    if leaf is None or isinstance(leaf, bool | int | str | torch.dtype | torch.device):
         return type(leaf), leaf
     raise TypeError(f"argument {name!r} is a {type(leaf).__name__}: neither rows nor something to compare")
 
 
-def dense_pass(tickets: Sequence[Ticket]) -> tuple[int, list[Any]]:
-    """Rows back to back, padded to the next bucket."""
-    net, used = tickets[0].call.net, sum(t.call.rows for t in tickets)
-    rows = next((bucket for bucket in net.buckets if bucket >= used), used)
-    places, at = [], 0
-    for ticket in tickets:
-        places.append(at)
-        at += ticket.call.rows
-    return rows, run(tickets, places, rows)
+def run(seating: Seating) -> list[Any]:
+    """One call of the net on so many rows; for each seated call, its own rows of what the net returns.
 
-
-def exact_pass(tickets: Sequence[Ticket]) -> tuple[int, list[Any]]:
-    """Rows at their seats in a pass of the one size; alone and unpadded where the net has no such size."""
-    rows = tickets[0].call.net.reproducible_rows
-    if rows is None or tickets[0].call.rows > rows:
-        return tickets[0].call.rows, run(tickets, [0], tickets[0].call.rows)
-    places = seated(list(tickets), rows)
-    return rows, run(tickets, [places[ticket] for ticket in tickets], rows)
-
-
-def run(tickets: Sequence[Ticket], places: Sequence[int], rows: int) -> list[Any]:
-    """One call of the net on `rows` rows; each ticket's own rows of what it returns. Empty rows repeat the first ticket's."""
-    first = tickets[0]
-    order = sorted(zip(places, tickets, strict=True), key=lambda placed: placed[0])
-    columns = []
-    for k in range(len(first.columns.batched)):
-        filling, parts, at = first.columns.batched[k][:1], [], 0
-        for place, ticket in order:
-            if place > at:
-                parts.append(filling.expand(place - at, *filling.shape[1:]))
-            parts.append(ticket.columns.batched[k])
-            at = place + ticket.call.rows
-        if rows > at:
-            parts.append(filling.expand(rows - at, *filling.shape[1:]))
-        columns.append(torch.cat(parts) if len(parts) > 1 else parts[0])
-    ready = iter(columns)
-    leaves = [next(ready) if leaf is BATCHED else leaf for leaf in first.columns.leaves]
+    Empty rows are zeros: whatever a net is told about other rows (an index, a mask), zero is a safe thing to be told.
+    """
+    placed = sorted(seating.places.items(), key=lambda item: item[1])
+    first, _ = placed[0]
+    columns = [column_of(placed, k, seating.rows) for k in range(len(first.columns.batched))]
     with torch.no_grad():
-        output = first.call.net.run(**torch_pytree.tree_unflatten(leaves, first.columns.spec))
+        output = seating.net.run(**first.columns.arguments(columns))
     if torch.cuda.is_available():
-        torch.cuda.synchronize()  # a step is over when its rows are there: beats, cancels and timings mean what they say
-    return scatter(output, rows, [slice(place, place + t.call.rows) for place, t in zip(places, tickets, strict=True)])
+        torch.cuda.synchronize()  # a step is over when its rows are there: beats, cancels, timings mean what they say
+    return scatter(output, seating.rows, [slice(at, at + one.call.rows) for one, at in seating.places.items()])
+
+
+def column_of(placed: Sequence[tuple[Waiting, int]], k: int, rows: int) -> Tensor:
+    """The k-th batched argument of all calls, in one tensor of so many rows."""
+    parts, at = list[Tensor](), 0
+    for waiting, place in placed:
+        column = waiting.columns.batched[k]
+        if place > at:
+            parts.append(column.new_zeros(place - at, *column.shape[1:]))
+        parts.append(column)
+        at = place + waiting.call.rows
+    if rows > at:
+        parts.append(parts[-1].new_zeros(rows - at, *parts[-1].shape[1:]))
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def scatter(output: Any, rows: int, parts: Sequence[slice]) -> list[Any]:

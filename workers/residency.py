@@ -10,6 +10,7 @@ import structlog
 from app import metrics
 from models.catalog import Catalog, ModelCard
 from models.families import Resident
+from models.loading import resident_bytes
 from workers.curve import Curve, warm_up
 
 log = structlog.get_logger()
@@ -106,6 +107,7 @@ class Residency:
         for name in leaving:
             log.info("unloading", model=name, for_model=card.name)
             del self.warm[name]
+        self._show_memory()
         return True
 
     def arrived(self) -> str | None:
@@ -122,12 +124,17 @@ class Residency:
             self.failed[model] = time.monotonic(), ModelUnavailable(f"{model} cannot be loaded: {error}")
             return None
         self.warm[model] = warm = Warm(resident, curve)
+        self._show_memory()
         took = time.perf_counter() - began
         metrics.MODEL_LOAD.labels(model).set(took)
         metrics.BATCH_WIDTH.labels(model).set(warm.width)
         milliseconds = {rows: round(seconds * 1000, 1) for rows, seconds in curve.seconds.items()}
         log.info("warm", model=model, seconds=round(took, 2), width=warm.width, milliseconds_by_rows=milliseconds)
         return model
+
+    def _show_memory(self) -> None:
+        pipelines = [warm.resident.pipeline for warm in self.warm.values()]
+        metrics.MEMORY.set(sum(resident_bytes(pipeline) for pipeline in pipelines))
 
     def close(self) -> None:
         self.thread.shutdown(wait=False, cancel_futures=True)

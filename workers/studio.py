@@ -204,7 +204,9 @@ class Studio:
         }
 
     def _await_files(self) -> None:
-        pending = [f for d in self.drawings.values() for f in (d.inputs, *d.stored.values()) if not f.done()]
+        pending: list[Future[Any]] = [
+            f for d in self.drawings.values() for f in (d.inputs, *d.stored.values()) if not f.done()
+        ]
         wait(pending, timeout=1, return_when=FIRST_COMPLETED)
 
     # -- what others see of it

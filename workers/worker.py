@@ -1,22 +1,23 @@
 """EngineWorker: an RQ worker whose unit of work is one engine step, not one job.
 
-RQ runs a job to its end before it looks at the queue again. An engine would rather look between any two denoising steps:
-let generations in while there is room, step everybody once, let those that are done go. What a job *is*, and what becomes
-of it, stays with RQ: a running one is an ordinary `Execution` in the StartedJobRegistry.
+RQ runs a job to its end before it looks at the queue again. An engine would rather look between any two denoising
+steps: let generations in while there is room, step everybody once, let those that are done go. What a job *is*, and
+what becomes of it, stays with RQ: a running one is an ordinary `Execution` in the StartedJobRegistry.
 
-What keeps it honest is the lease. A seated job is ours exactly as long as its execution is in the StartedJobRegistry. It
-leaves when the job is canceled, deleted or judged abandoned, so "is it still there?" answers every "may I go on?", and
-asking once more in the transaction that ends the job keeps it from ending twice.
+What keeps it honest is the lease. A seated job is ours exactly as long as its execution is in the StartedJobRegistry
+and the job says that it was started, by us. One of the two no longer holds once the job is canceled, deleted or judged
+abandoned, so "is it still ours?" answers every "may I go on?", and asking once more in the script that ends the job
+keeps it from ending twice. Clocks decide how soon a silent worker's jobs are taken over, never whose they are.
 """
 
 import json
 import time
 import traceback
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import structlog
 from redis import Redis
@@ -25,30 +26,30 @@ from rq.command import handle_command, parse_payload
 from rq.executions import Execution
 from rq.job import Job, JobStatus
 from rq.queue import Queue
+from rq.registry import StartedJobRegistry
 from rq.serializers import JSONSerializer
-from rq.suspension import is_suspended
+from rq.suspension import WORKERS_SUSPENDED
 from rq.utils import now, utcformat
 from rq.worker.base import BaseWorker, WorkerStatus
+from rq.worker_registration import register
 
 from app import events, metrics
-from app.jobs import BELL, PRIORITIES, Pace, age_of, pace_key, queue_name
+from app.jobs import BELL, PRIORITIES, Pace, age_of, atomically, pace_key, queue_name
 from app.schemas import Parameters
 
 log = structlog.get_logger()
 
 PULSE = 1.0  # seconds between signs of life
-HEAD_START = {
-    "high": 60.0,
-    "normal": 0.0,
-    "low": -60.0,
-}  # seconds that a priority is worth in the queue; so none starves
+LOADING = 0.05  # seconds between two looks whether a model that jobs wait for has been loaded
+HEAD_START = {"high": 60.0, "normal": 0.0, "low": -60.0}  # seconds a priority is worth in the queue; so none starves
 
-# Ends a job if its lease is still ours, in one step, so that it cannot also be canceled or taken over.
-# KEYS: registry of leases, job. ARGV: lease, status, ended_at, meta, seconds to keep the job.
+# Ends a job if it is still ours, in one step, so that it cannot also be canceled, taken over or ended twice.
+# KEYS: registry of leases, job. ARGV: lease, worker's name, status, ended_at, meta, seconds to keep the job.
 END = """
-if not redis.call('ZSCORE', KEYS[1], ARGV[1]) then return 0 end
-redis.call('HSET', KEYS[2], 'status', ARGV[2], 'ended_at', ARGV[3], 'meta', ARGV[4])
-redis.call('EXPIRE', KEYS[2], ARGV[5])
+local job = redis.call('HMGET', KEYS[2], 'status', 'worker_name')
+if job[1] ~= 'started' or job[2] ~= ARGV[2] or not redis.call('ZSCORE', KEYS[1], ARGV[1]) then return 0 end
+redis.call('HSET', KEYS[2], 'status', ARGV[3], 'ended_at', ARGV[4], 'meta', ARGV[5])
+redis.call('EXPIRE', KEYS[2], ARGV[6])
 return 1
 """
 
@@ -77,6 +78,12 @@ class Failed(Exception):
     again = False
 
 
+class EngineBroke(Failed):
+    """A step failed as a whole: nobody's request is to blame, and this process is not to be trusted any more."""
+
+    again = True
+
+
 class TimedOut(Failed):
     kind = "timeout"
 
@@ -98,9 +105,16 @@ class Seat:
     job: Job
     queue: Queue
     execution: Execution
-    parameters: Parameters
     deadline: float  # time.monotonic()
-    expires_at: float | None  # seconds since the epoch
+    expires_at: float | None = None  # seconds since the epoch
+
+    @property
+    def model(self) -> str:
+        return model_of(self.queue)
+
+    @property
+    def leases(self) -> str:
+        return self.queue.started_job_registry.key
 
 
 class EngineWorker(BaseWorker):
@@ -114,33 +128,30 @@ class EngineWorker(BaseWorker):
         lease: int,
         warm_bonus: float,
         name: str | None = None,
-        try_again: Callable[[Exception], bool] = lambda error: isinstance(error, Failed) and error.again,
     ):
         names = [queue_name(model, priority) for model in models for priority in PRIORITIES]
         super().__init__(
             names,
             name=name,
             connection=connection,
+            exception_handlers=[self.notice],
             serializer=JSONSerializer,
             maintenance_interval=lease,
             worker_ttl=lease,
             log_job_description=False,
         )
-        self.studio, self.report, self.lease, self.warm_bonus, self.try_again = (
-            studio,
-            report,
-            lease,
-            warm_bonus,
-            try_again,
-        )
+        self.studio, self.report, self.lease, self.warm_bonus = studio, report, lease, warm_bonus
         self.seats: dict[str, Seat] = {}
+        self.heads: dict[Queue, float] = {}  # what waits, as of our last look
+        self.rung = True  # something may have come in since then
         self.stops: set[str] = set()  # filled by RQ's own thread
+        self.abandoned: list[Job] = []
         self.admitting = True
         self.next_beat = 0.0
         self.end_if_ours = connection.register_script(END)
         self.bell = connection.pubsub(ignore_subscribe_messages=True)
 
-    def work(self, burst: bool = False, **_: Any) -> bool:
+    def work(self, burst: bool = False, *_: Any, **__: Any) -> bool:
         self.bootstrap("WARNING")
         self._install_signal_handlers()
         self.bell.subscribe(BELL)
@@ -152,7 +163,7 @@ class EngineWorker(BaseWorker):
                     self.admit()
                 if self.seats:
                     self.step()
-                elif self._stop_requested or (burst and not self.waiting()):
+                elif self._stop_requested or (burst and not self.heads):
                     return True
         finally:
             self.bell.close()
@@ -161,58 +172,59 @@ class EngineWorker(BaseWorker):
     # -- the four things that happen to a job: it is admitted, stepped, settled, or it vanishes
 
     def listen(self, wait: bool) -> None:
-        """Hear what has come in or been canceled; with nothing to do, wait for it, until the next beat at the latest."""
-        patience = max(0.0, self.next_beat - time.monotonic()) if wait and not self.waiting() else 0.0
+        """Hear what has come in or been canceled; with nothing to do, wait for it, at most until the next beat."""
+        patience = 0.0
+        if wait and not (self.rung and self.admitting):
+            patience = LOADING if self.heads else max(0.0, self.next_beat - time.monotonic())
         while message := self.bell.get_message(timeout=patience):
-            word, _, id = message["data"].decode().partition(" ")
-            if word == "drop" and (seat := self.seats.get(id)) and not self.holds(seat)[0]:
+            word, _, id = cast(bytes, message["data"]).decode().partition(" ")
+            if word == "queued":
+                self.rung = True
+            elif (seat := self.seats.get(id)) and not self.holds(seat)[0]:
                 self.forget(seat)
             patience = 0.0
 
     def admit(self) -> None:
-        """Seat jobs while there is room, the longest waiting first, but for their priority and a bonus for warm models."""
-        while any(self.take(queue) for queue in self.by_turn()):
-            pass
+        """Seat jobs while there is room: the longest waiting first, but for priority and a bonus for warm models.
 
-    def by_turn(self) -> list[Queue]:
-        """The queues that have something, in the order of whose turn it is."""
-        heads = self.heads()
-        return sorted(heads, key=lambda queue: heads[queue])
+        Asks Redis only if the bell has rung, or there is room for what waited when we last looked.
+        """
+        while self.rung or any(self.studio.admits(model_of(queue)) for queue in self.heads):
+            self.rung = False
+            self.heads = self.look()
+            if not any(self.take(queue) for queue in sorted(self.heads, key=self.heads.__getitem__)):
+                return
 
-    def heads(self) -> dict[Queue, float]:
+    def look(self) -> dict[Queue, float]:
         """The queues that have something: when their first job came in, moved by what it may overtake."""
         with self.connection.pipeline(transaction=False) as pipe:
             for queue in self.queues:
                 pipe.lindex(queue.key, 0)
-            heads = pipe.execute()
-        turns = {}
-        for queue, head in zip(self.queues, heads, strict=True):
-            if head is not None:
-                model, _, priority = queue.name.rpartition(".")
-                bonus = HEAD_START[priority] + (self.warm_bonus if self.studio.is_warm(model) else 0)
-                turns[queue] = age_of(head.decode()) - bonus
-        return turns
+            firsts = pipe.execute()
+        return {
+            queue: age_of(events.text(first)) - self.advantage(queue)
+            for queue, first in zip(self.queues, firsts, strict=True)
+            if first is not None
+        }
 
-    def waiting(self) -> bool:
-        return self.admitting and not self._stop_requested and bool(self.heads())
+    def advantage(self, queue: Queue) -> float:
+        model, _, priority = queue.name.rpartition(".")
+        return HEAD_START[priority] + (self.warm_bonus if self.studio.is_warm(model) else 0)
 
     def take(self, queue: Queue) -> bool:
         """Pop one job and make it ours. Queues are popped one at a time: only so does RQ keep the job if we die now."""
-        if not self.studio.admits(queue.name.rpartition(".")[0]):
+        if not self.studio.admits(model_of(queue)):
             return False
         found = self.queue_class.dequeue_any([queue], None, self.connection, self.job_class, self.serializer)
         if found is None:
             return False
         job = found[0]
-        execution = self.connection.transaction(
-            lambda pipe: self.claim(job, queue, pipe), job.key, value_from_callable=True
-        )
-        if execution:
+        if execution := atomically(self.connection, lambda pipe: self.claim(job, queue, pipe), job.key):
             self.seat(job, queue, execution)
         return True
 
     def claim(self, job: Job, queue: Queue, pipe: Pipeline) -> Execution | None:
-        """At once: out of the intermediate queue, leased, started. None if it was canceled or claimed since we popped it."""
+        """At once out of the intermediate queue, leased, started. None if it was canceled or claimed meanwhile."""
         queued = pipe.hget(job.key, "status") == b"queued"
         pipe.multi()
         pipe.lrem(queue.intermediate_queue_key, 1, job.id)
@@ -226,18 +238,17 @@ class EngineWorker(BaseWorker):
     def seat(self, job: Job, queue: Queue, execution: Execution) -> None:
         if job.id in self.seats:  # lost and queued again before we noticed
             self.forget(self.seats[job.id])
-        job.enqueue_at_front_on_retry = True
-        parameters = Parameters.model_validate(job.kwargs["parameters"])
-        timeout = time.monotonic() + float(job.timeout or 0)
-        expires = parameters.expires_in
-        expires_at = None if expires is None else job.created_at.timestamp() + expires
+        seat = Seat(job, queue, execution, deadline=time.monotonic() + cast(int, job.timeout))
         self.executions[execution.id] = execution
-        self.seats[job.id] = seat = Seat(job, queue, execution, parameters, timeout, expires_at)
-        metrics.RUNNING.labels(parameters.model).inc()
-        metrics.QUEUE_WAIT.labels(parameters.model).observe(time.time() - job.created_at.timestamp())
-        log.info("running", generation=job.id, model=parameters.model, worker=self.name)
+        self.seats[job.id] = seat
+        metrics.RUNNING.labels(seat.model).inc()
+        metrics.QUEUE_WAIT.labels(seat.model).observe(time.time() - job.created_at.timestamp())
+        log.info("running", generation=job.id, model=seat.model, worker=self.name)
         self.report(job.id, "running", {"status": "running"})
         try:
+            parameters = Parameters.model_validate(job.kwargs["parameters"])
+            if parameters.expires_in is not None:
+                seat.expires_at = job.created_at.timestamp() + parameters.expires_in
             if overdue(seat):
                 raise Expired
             self.studio.join(job.id, f"{job.id}/{execution.id[:8]}", parameters)
@@ -252,27 +263,47 @@ class EngineWorker(BaseWorker):
             ended = self.studio.step()
         except Exception as error:  # the engine itself broke: hand every job back, then let the process go
             for seat in list(self.seats.values()):
-                self.hand_back(seat, error)
+                self.settle(seat, EngineBroke(f"{type(error).__name__}: {error}"))
             raise
         for id, outcome in ended.items():
             self.settle(self.seats[id], outcome)
 
     def settle(self, seat: Seat, outcome: Any) -> None:
-        """Give the job's outcome to RQ, if the job is still ours."""
-        if isinstance(outcome, Exception) and self.try_again(outcome) and seat.job.should_retry:
-            self.hand_back(seat, outcome)
-            return
+        """It no longer takes part: queued again or ended, unless it was canceled or taken over."""
         self.vacate(seat)
-        meta, status = verdict(outcome)
-        job = seat.job
-        job.ended_at = now()
-        keep = int(job.result_ttl or 0)
-        state = JobStatus.FINISHED if status == "succeeded" else JobStatus.FAILED
-        keys = [seat.queue.started_job_registry.key, job.key]
-        values = [seat.execution.composite_key, state.value, utcformat(job.ended_at), json.dumps(meta), keep]
-        if not self.end_if_ours(keys=keys, args=values):  # canceled, or another worker has it by now
+        again = isinstance(outcome, Failed) and outcome.again and seat.job.should_retry
+        if not (self.hand_back(seat, outcome) if again else self.end(seat, outcome)):
             self.forget(seat)
-            return
+
+    def hand_back(self, seat: Seat, error: Failed) -> bool:
+        """Queue the job again, in front. False if it is no longer ours."""
+        job, left = seat.job, seat.job.retries_left
+
+        def requeue(pipe: Pipeline) -> bool:
+            if not self.is_ours(*self.ask(pipe, seat)):
+                return False
+            pipe.multi()
+            seat.execution.delete(job, pipe)
+            job.retries_left = left  # `retry` counts it down, and this may run more than once
+            job.retry(seat.queue, pipe)
+            events.record(pipe, job.id, "queued", {"status": "queued"})
+            pipe.publish(BELL, "queued")
+            return True
+
+        again = atomically(self.connection, requeue, job.key)
+        log.warning("handed_back", generation=job.id, error=str(error), still_ours=again)
+        return again
+
+    def end(self, seat: Seat, outcome: Any) -> bool:
+        """Give the job's outcome to RQ. False if it is no longer ours."""
+        job = seat.job
+        meta, status = verdict(outcome)
+        state = JobStatus.FINISHED if status == "succeeded" else JobStatus.FAILED
+        job.ended_at = now()
+        keep = cast(int, job.result_ttl)
+        ending = [state.value, utcformat(job.ended_at), json.dumps(meta), keep]
+        if not self.end_if_ours([seat.leases, job.key], [seat.execution.composite_key, self.name, *ending]):
+            return False
         if status == "succeeded":
             self.handle_job_success(job, seat.queue, seat.queue.started_job_registry, seat.execution)
         else:
@@ -280,42 +311,21 @@ class EngineWorker(BaseWorker):
             self.handle_job_failure(job, seat.queue, exc_string=traceback_of(outcome), execution=seat.execution)
             log.warning(status, generation=job.id, error=str(outcome), exc_info=None if known(outcome) else outcome)
         self.report(job.id, status, {"status": status}, timedelta(seconds=keep))
-        model = seat.parameters.model
-        metrics.REQUESTS.labels(model, status).inc()
-        metrics.DURATION.labels(model).observe(time.time() - job.created_at.timestamp())
-        log.info(status, generation=job.id, seconds=round(time.time() - job.created_at.timestamp(), 3))
-
-    def hand_back(self, seat: Seat, error: Exception) -> None:
-        """Queue the job again, in front, if it is still ours and has attempts left; else it has failed."""
-        self.vacate(seat)
-        if not seat.job.should_retry:
-            self.seats[seat.job.id] = seat
-            seat.job.retries_left = 0
-            self.settle(seat, error)
-            return
-
-        def requeue(pipe: Pipeline) -> bool:
-            if pipe.zscore(seat.queue.started_job_registry.key, seat.execution.composite_key) is None:
-                return False
-            pipe.multi()
-            seat.execution.delete(seat.job, pipe)
-            seat.job.retry(seat.queue, pipe)
-            events.record(pipe, seat.job.id, "queued", {"status": "queued"})
-            pipe.publish(BELL, "queued")
-            return True
-
-        again = self.connection.transaction(requeue, seat.job.key, value_from_callable=True)
-        log.warning("handed_back", generation=seat.job.id, error=str(error), exc_info=error, still_ours=again)
+        seconds = time.time() - job.created_at.timestamp()
+        metrics.REQUESTS.labels(seat.model, status).inc()
+        metrics.DURATION.labels(seat.model).observe(seconds)
+        log.info(status, generation=job.id, seconds=round(seconds, 3))
+        return True
 
     def vacate(self, seat: Seat) -> None:
         """It no longer takes part here."""
         del self.seats[seat.job.id]
         self.executions.pop(seat.execution.id, None)
         self.studio.leave(seat.job.id)
-        metrics.RUNNING.labels(seat.parameters.model).dec()
+        metrics.RUNNING.labels(seat.model).dec()
 
     def forget(self, seat: Seat) -> None:
-        """The lease is gone, and with it the job. RQ leaves the other traces of the execution to us."""
+        """It is no longer ours. RQ leaves the traces of the execution to us."""
         if self.seats.get(seat.job.id) is seat:
             self.vacate(seat)
         with self.connection.pipeline() as pipe:
@@ -325,20 +335,56 @@ class EngineWorker(BaseWorker):
 
     # -- the lease
 
+    def ask(self, pipe: Pipeline, seat: Seat) -> tuple[Any, Any]:
+        """What `is_ours` wants to know."""
+        return (
+            pipe.zscore(seat.leases, seat.execution.composite_key),
+            pipe.hmget(seat.job.key, "status", "worker_name"),
+        )
+
+    def is_ours(self, leased_until: float | None, job: list[bytes | None]) -> bool:
+        """Leased, started, and by us. A lease that has run out is ours until somebody acts on that."""
+        return leased_until is not None and job == [b"started", self.name.encode()]
+
     def holds(self, *seats: Seat) -> list[bool]:
         with self.connection.pipeline(transaction=False) as pipe:
             for seat in seats:
-                pipe.zscore(seat.queue.started_job_registry.key, seat.execution.composite_key)
-            return [score is not None for score in pipe.execute()]
+                self.ask(pipe, seat)
+            answers = pipe.execute()
+        return [self.is_ours(*asked) for asked in zip(answers[::2], answers[1::2], strict=True)]
 
     def beat(self) -> None:
-        """Renew our leases, let go of jobs that are no longer ours, and give RQ's upkeep its turn."""
+        """Show that we live, renew our leases, let lost jobs go, and give RQ's upkeep its turn."""
         if time.monotonic() < self.next_beat:
             return
         self.next_beat = time.monotonic() + PULSE
-        self.heartbeat(self.lease)
-        self.set_state(WorkerStatus.BUSY if self.seats else WorkerStatus.IDLE)
-        self.admitting = not is_suspended(self.connection)
+        self.rung = True  # a ring is lost while the connection is
+        overdue_leases = self.show_life()
+        self.renew()
+        metrics.HEARTBEAT.set_to_current_time()
+        if overdue_leases or self.should_run_maintenance_tasks:
+            self.upkeep()
+
+    def show_life(self) -> bool:
+        """Tell the others that we are here and how fast; learn whether any lease in our queues has run out."""
+        with self.connection.pipeline(transaction=False) as pipe:
+            self.heartbeat(self.lease, pipe)
+            self.set_state(WorkerStatus.BUSY if self.seats else WorkerStatus.IDLE, pipe)
+            for model, (rows_per_second, rows_per_job) in self.studio.paces().items():
+                pace = Pace(time.time() + self.lease, rows_per_second, rows_per_job)
+                pipe.hset(pace_key(model), self.name, json.dumps(pace))
+                pipe.expire(pace_key(model), self.lease * 2)
+            for queue in self.queues:
+                pipe.zcount(queue.started_job_registry.key, 0, int(time.time()))
+            pipe.exists(WORKERS_SUSPENDED)
+            created, *answers, suspended = pipe.execute()
+        self.admitting = not suspended
+        if created:  # our hash had expired: a step took longer than a lease, or the process was stopped
+            self.connection.hset(self.key, mapping=self.serialize())
+            register(self)
+        return any(answers[-len(self.queues) :])
+
+    def renew(self) -> None:
         seats = list(self.seats.values())
         with self.connection.pipeline() as pipe:
             for seat, held in zip(seats, self.holds(*seats), strict=True):
@@ -350,16 +396,51 @@ class EngineWorker(BaseWorker):
                     self.settle(seat, TimedOut(f"took longer than {seat.job.timeout} s"))
                 else:
                     seat.execution.heartbeat(seat.queue.started_job_registry, self.lease, pipe)
-            for model, (rows_per_second, rows_per_job) in self.studio.paces().items():
-                pace = Pace(time.time() + self.lease, rows_per_second, rows_per_job)
-                pipe.hset(pace_key(model), self.name, json.dumps(pace))
-                pipe.expire(pace_key(model), self.lease * 2)
             pipe.execute()
-        metrics.HEARTBEAT.set_to_current_time()
-        if self.should_run_maintenance_tasks:
-            self.run_maintenance_tasks()
+
+    def upkeep(self) -> None:
+        """RQ's: what dead workers held is queued again or has failed. Then tell those who follow it."""
+        with self.connection.pipeline(transaction=False) as pipe:
+            for queue in self.queues:  # RQ's lock on this lasts 15 minutes; who holds it may have died in it
+                pipe.expire(queue.registry_cleaning_key, self.lease, lt=True)
+            pipe.execute()
+        self.run_maintenance_tasks()
+        while self.abandoned:
+            job = self.abandoned.pop()
+            status = "queued" if job.get_status(refresh=False) == JobStatus.QUEUED else "failed"
+            keep = timedelta(seconds=cast(int, job.failure_ttl)) if status == "failed" else events.FORGOTTEN_AFTER
+            self.report(job.id, status, {"status": status}, keep)
+            log.warning("abandoned", generation=job.id, worker=job.worker_name, now=status)
+            if status == "failed":
+                metrics.REQUESTS.labels(job.origin.rpartition(".")[0], status).inc()
 
     # -- where RQ takes for granted that a worker has one job, or may be interrupted anywhere
+
+    def notice(self, job: Job, *_: Any) -> None:
+        """RQ's upkeep says so of each job that was abandoned, before it acts."""
+        self.abandoned.append(job)
+
+    def handle_job_failure(
+        self,
+        job: Job,
+        queue: Queue,
+        started_job_registry: StartedJobRegistry | None = None,
+        exc_string: str = "",
+        execution: Execution | None = None,
+    ) -> None:
+        """RQ's upkeep also takes for a failure what was popped by a worker that died before it claimed it."""
+        if execution is None:
+            atomically(self.connection, lambda pipe: self.put_back(job, queue, pipe), job.key)
+        else:
+            super().handle_job_failure(job, queue, started_job_registry, exc_string, execution)
+
+    def put_back(self, job: Job, queue: Queue, pipe: Pipeline) -> None:
+        """Popped and never claimed: in front again, unless it was canceled meanwhile."""
+        queued = pipe.hget(job.key, "status") == b"queued"
+        pipe.multi()
+        pipe.lrem(queue.intermediate_queue_key, 0, job.id)
+        if queued:
+            pipe.lpush(queue.key, job.id)
 
     def get_heartbeat_ttl(self, job: Job, working_time: float = 0) -> int:
         return self.lease
@@ -377,16 +458,19 @@ class EngineWorker(BaseWorker):
 
     def _shutdown(self) -> None:
         log.info("stopping", worker=self.name, in_flight=len(self.seats))
-        self._stop_requested = (
-            True  # RQ would raise out of an idle dequeue, losing a job popped in that instant (rq#2236)
-        )
+        # RQ would raise out of an idle dequeue, losing a job popped in that instant (rq#2236)
+        self._stop_requested = True
 
     def teardown(self) -> None:
         with suppress(Exception), self.connection.pipeline() as pipe:  # on the way out already
-            for model in {queue.name.rpartition(".")[0] for queue in self.queues}:
+            for model in {model_of(queue) for queue in self.queues}:
                 pipe.hdel(pace_key(model), self.name)
             pipe.execute()
         super().teardown()
+
+
+def model_of(queue: Queue) -> str:
+    return queue.name.rpartition(".")[0]
 
 
 def overdue(seat: Seat) -> bool:

@@ -3,9 +3,13 @@
 import asyncio
 import re
 from collections.abc import AsyncIterator
-from typing import Annotated
+from contextlib import suppress
+from typing import Annotated, Any
+from urllib.parse import urlencode
 
-from fastapi import APIRouter, Depends, Header, Query, Request, Response
+import redis.exceptions
+import structlog
+from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
@@ -14,23 +18,45 @@ from app.auth import Owner
 from app.errors import InvalidRequest, NotFound, UnsupportedMediaType
 from app.files import file_response
 from app.images import MEDIA_TYPES
-from app.jobs import Jobs
-from app.schemas import Generation, GenerationList, GenerationRequest, Status
+from app.jobs import Jobs, Record
+from app.schemas import Generation, GenerationFilter, GenerationList, GenerationRequest
 from app.settings import Settings
 from app.storage import preview_key
 
-PROBLEM = {"content": {"application/problem+json": {}}}
-PROBLEMS = {
-    400: {"description": "Not JSON", **PROBLEM},
-    401: {"description": "No or an unknown API key", **PROBLEM},
-    413: {"description": "The body is too large", **PROBLEM},
-    415: {"description": "Not `application/json`", **PROBLEM},
-    422: {"description": "A field is wrong: `errors` names it", **PROBLEM},
-    503: {"description": "The queue is full or does not answer: `Retry-After`", **PROBLEM},
-}
-MISSING = {401: PROBLEMS[401], 404: {"description": "There is none, or it is not yours", **PROBLEM}, 503: PROBLEMS[503]}
+log = structlog.get_logger()
 
-router = APIRouter(prefix="/v1/generations", tags=["generations"])
+Responses = dict[int | str, dict[str, Any]]
+
+
+def problem(description: str) -> dict[str, Any]:
+    """An answer of the documentation."""
+    schema = {"$ref": "#/components/schemas/Problem"}
+    return {"description": description, "content": {"application/problem+json": {"schema": schema}}}
+
+
+def file(media_type: str, description: str) -> dict[str, Any]:
+    return {"description": description, "content": {media_type: {"schema": {"type": "string", "format": "binary"}}}}
+
+
+PROBLEMS: Responses = {
+    401: problem("No or an unknown API key"),
+    422: problem("A field is wrong: `errors` names it"),
+    503: problem("The queue does not answer; `Retry-After`"),
+}
+SUBMITTED: Responses = {
+    200: {"model": Generation, "description": "It has ended: `Prefer: wait`, or the same `Idempotency-Key` again"},
+    400: problem("The body is not a JSON object"),
+    413: problem("The body is too large"),
+    415: problem("The body is not `application/json`"),
+    503: problem("The queue is full or does not answer; `Retry-After`"),
+}
+MISSING: Responses = {404: problem("There is none, or it is not yours")}
+UNCHANGED: Responses = {
+    304: {"description": "You have it: `If-None-Match`"},
+    416: problem("It has no such bytes"),
+}
+
+router = APIRouter(prefix="/v1/generations", tags=["generations"], responses=PROBLEMS)
 
 
 def jobs(request: Request) -> Jobs:
@@ -49,7 +75,7 @@ def json_only(request: Request) -> None:
 
 def seconds_to_wait(
     settings: Annotated[Settings, Depends(settings)],
-    prefer: Annotated[str | None, Header(description="`wait=10`: answer when it is done, or after 10 seconds")] = None,
+    prefer: Annotated[str | None, Header(description="`wait=10`: answer when it has ended, or in 10 seconds")] = None,
 ) -> int:
     """RFC 7240: what a client prefers, it does not demand; what we do not understand, we leave."""
     wanted = re.search(r"(?:^|[,;\s])wait\s*=\s*\"?(\d{1,6})", prefer or "")
@@ -57,9 +83,14 @@ def seconds_to_wait(
 
 
 JobsDep = Annotated[Jobs, Depends(jobs)]
+IdempotencyKey = Annotated[
+    str | None,
+    Header(alias="Idempotency-Key", min_length=1, max_length=256, description="Same key, same body: the same answer"),
+]
+Number = Annotated[int, Path(ge=0, le=9999)]
 
 
-@router.post("", status_code=202, dependencies=[Depends(json_only)], responses={200: {"model": Generation}, **PROBLEMS})
+@router.post("", status_code=202, dependencies=[Depends(json_only)], responses=SUBMITTED)
 async def create(
     body: GenerationRequest,
     request: Request,
@@ -67,7 +98,7 @@ async def create(
     jobs: JobsDep,
     owner: Owner,
     wait: Annotated[int, Depends(seconds_to_wait)],
-    idempotency_key: Annotated[str | None, Header(description="Same key, same body: the first answer again")] = None,
+    idempotency_key: IdempotencyKey = None,
 ) -> Generation:
     """Queue a generation."""
     generation, replayed = await run_in_threadpool(jobs.submit, body, owner, idempotency_key)
@@ -84,22 +115,15 @@ async def create(
     return generation
 
 
-@router.get("", responses={401: PROBLEMS[401], 422: PROBLEMS[422], 503: PROBLEMS[503]})
+@router.get("")
 def index(
-    response: Response,
-    jobs: JobsDep,
-    owner: Owner,
-    cursor: Annotated[str | None, Query(description="`next_cursor` of the page before")] = None,
-    limit: Annotated[int, Query(ge=1, le=100)] = 20,
-    status: Status | None = None,
-    model: str | None = None,
+    response: Response, jobs: JobsDep, owner: Owner, wanted: Annotated[GenerationFilter, Query()]
 ) -> GenerationList:
     """Your generations, newest first."""
-    page = jobs.list(owner, cursor=cursor, limit=limit, status=status, model=model)
+    page = jobs.list(owner, **wanted.model_dump())
     if page.next_cursor:
-        filters = "".join(f"&{name}={value}" for name, value in (("status", status), ("model", model)) if value)
-        link = f"/v1/generations?cursor={page.next_cursor}&limit={limit}{filters}"
-        response.headers["Link"] = f'<{link}>; rel="next"'
+        query = urlencode(wanted.model_dump(exclude_none=True) | {"cursor": page.next_cursor})
+        response.headers["Link"] = f'</v1/generations?{query}>; rel="next"'
     return page
 
 
@@ -110,50 +134,69 @@ def show(id: str, response: Response, jobs: JobsDep, owner: Owner) -> Generation
     return jobs.fetch(id, owner)
 
 
-@router.delete("/{id}", responses={**MISSING, 409: {"description": "It has ended already", **PROBLEM}})
+@router.delete("/{id}", responses={**MISSING, 409: problem("It has ended already")})
 def cancel(id: str, jobs: JobsDep, owner: Owner) -> Generation:
     """Cancel a generation, queued or running."""
     return jobs.cancel(id, owner)
 
 
-async def known(id: str, jobs: JobsDep, owner: Owner) -> None:
+async def record(id: str, jobs: JobsDep, owner: Owner) -> Record:
     """Raises what is to be raised before a stream has begun and can no longer say so."""
-    await run_in_threadpool(jobs.record, id, owner)
+    return await run_in_threadpool(jobs.record, id, owner)
 
 
 def resume_after(
-    last_event_id: Annotated[str | None, Header(description="Where a broken stream is to go on")] = None,
+    last_event_id: Annotated[
+        str | None, Header(alias="Last-Event-ID", description="Where a broken stream is to go on")
+    ] = None,
 ) -> str:
-    if last_event_id is not None and not re.fullmatch(r"\d{1,20}-\d{1,20}", last_event_id):
+    if last_event_id is not None and not re.fullmatch(r"\d{1,19}-\d{1,19}", last_event_id):
         raise InvalidRequest([("Last-Event-ID", "not one of ours")])
     return last_event_id or "0-0"
 
 
-@router.get(
-    "/{id}/events",
-    response_class=EventSourceResponse,
-    dependencies=[Depends(known)],
-    responses={**MISSING, 422: PROBLEMS[422]},
-)
+@router.get("/{id}/events", response_class=EventSourceResponse, responses=MISSING)
 async def watch(
-    id: str, request: Request, jobs: JobsDep, owner: Owner, after: Annotated[str, Depends(resume_after)]
+    id: str,
+    request: Request,
+    jobs: JobsDep,
+    owner: Owner,
+    record: Annotated[Record, Depends(record)],
+    after: Annotated[str, Depends(resume_after)],
 ) -> AsyncIterator[ServerSentEvent]:
     """Progress and previews as server-sent events; the last one holds the generation."""
-    async for event in events.follow(request.app.state.listening, id, after):
-        if event is not None and event.name not in events.ENDED:
-            yield ServerSentEvent(data=event.data, event=event.name, id=event.id)
-            continue
-        generation = await run_in_threadpool(jobs.fetch, id, owner)
-        if event is not None or generation.status in events.ENDED:
-            yield ServerSentEvent(data=generation, event=generation.status, id=event.id if event else None)
-            return
+    if record.status in events.ENDED and (record.last is None or not newer(record.last.id, after)):
+        yield await ending(id, jobs, owner)
+        return
+    try:
+        async for event in events.follow(request.app.state.listening, id, after):
+            if event is not None and event.name not in events.ENDED:
+                yield ServerSentEvent(data=event.data, event=event.name, id=event.id)
+            elif event is not None or (await run_in_threadpool(jobs.record, id, owner)).status in events.ENDED:
+                yield await ending(id, jobs, owner, event)
+                return
+    except redis.exceptions.RedisError as error:  # no final event: the client comes back, and goes on where it was
+        log.warning("stream_cut", generation=id, error=str(error))
 
 
-@router.get("/{id}/images/{number}", response_class=Response, responses={200: {"content": {"image/*": {}}}, **MISSING})
-def image(id: str, number: int, request: Request, jobs: JobsDep, owner: Owner) -> Response:
+def newer(event: str, than: str) -> bool:
+    return [int(part) for part in event.split("-")] > [int(part) for part in than.split("-")]
+
+
+async def ending(id: str, jobs: Jobs, owner: str, event: events.Event | None = None) -> ServerSentEvent:
+    generation = await run_in_threadpool(jobs.fetch, id, owner)
+    return ServerSentEvent(data=generation, event=generation.status, id=event.id if event else None)
+
+
+@router.get(
+    "/{id}/images/{number}",
+    response_class=Response,
+    responses={200: file("image/*", "The file"), 206: file("image/*", "A part of it: `Range`"), **UNCHANGED, **MISSING},
+)
+def image(id: str, number: Number, request: Request, jobs: JobsDep, owner: Owner) -> Response:
     """A picture's bytes: Range, ETag, and immutable."""
     pictures = jobs.record(id, owner).meta.get("images", [])
-    if not 0 <= number < len(pictures):
+    if number >= len(pictures):
         raise NotFound(f"generation {id} has {len(pictures)} pictures, and none is number {number}")
     picture = pictures[number]
     name = f"{id}-{number}.{picture['format']}"
@@ -162,8 +205,12 @@ def image(id: str, number: int, request: Request, jobs: JobsDep, owner: Owner) -
     )
 
 
-@router.get("/{id}/previews/{number}/{step}", response_class=Response, responses=MISSING)
-def preview(id: str, number: int, step: int, request: Request, jobs: JobsDep, owner: Owner) -> Response:
+@router.get(
+    "/{id}/previews/{number}/{step}",
+    response_class=Response,
+    responses={200: file("image/webp", "The file"), **UNCHANGED, **MISSING},
+)
+def preview(id: str, number: Number, step: Number, request: Request, jobs: JobsDep, owner: Owner) -> Response:
     """What a picture looked like after a step."""
     jobs.record(id, owner)
     return file_response(
@@ -184,8 +231,6 @@ async def until_ended(request: Request, jobs: Jobs, id: str, owner: str, seconds
             if ended or await request.is_disconnected():
                 return
 
-    try:
+    with suppress(TimeoutError):
         await asyncio.wait_for(listen(), seconds)
-    except TimeoutError:
-        pass
     return await run_in_threadpool(jobs.fetch, id, owner)

@@ -4,18 +4,20 @@ from fastapi import APIRouter, Response
 from fastapi.responses import PlainTextResponse
 
 from app import metrics
-from app.routes.generations import PROBLEM, JobsDep
+from app.routes.generations import JobsDep, Responses, problem
+
+NOT_READY: Responses = {503: problem("Redis or the image store does not answer")}
 
 router = APIRouter(tags=["health"])
 
 
 @router.get("/livez", response_class=PlainTextResponse)
-def livez() -> str:
-    """The process answers. It asks nobody else: a restart would not mend Redis."""
+async def livez() -> str:
+    """The process answers. It asks nobody else, threads neither: a restart would not mend Redis."""
     return "ok"
 
 
-@router.get("/readyz", response_class=PlainTextResponse, responses={503: {"description": "Not ready", **PROBLEM}})
+@router.get("/readyz", response_class=PlainTextResponse, responses=NOT_READY)
 def readyz(jobs: JobsDep) -> str:
     """Redis and the image store answer."""
     jobs.connection.ping()
@@ -23,7 +25,7 @@ def readyz(jobs: JobsDep) -> str:
     return "ready"
 
 
-@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+@router.get("/metrics", response_class=PlainTextResponse, responses=NOT_READY)
 def scrape(jobs: JobsDep) -> Response:
     """Prometheus metrics, of all processes that share this one's directory."""
     return Response(metrics.render(metrics.Waiting(jobs.waiting)), media_type="text/plain; version=0.0.4")

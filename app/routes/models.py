@@ -4,10 +4,10 @@ from fastapi import APIRouter, Depends
 
 from app.auth import owner
 from app.errors import NotFound
-from app.routes.generations import MISSING, JobsDep
+from app.routes.generations import MISSING, PROBLEMS, JobsDep
 from app.schemas import Model, ModelList
 
-router = APIRouter(prefix="/v1/models", tags=["models"], dependencies=[Depends(owner)])
+router = APIRouter(prefix="/v1/models", tags=["models"], dependencies=[Depends(owner)], responses=PROBLEMS)
 
 
 @router.get("")

@@ -1,4 +1,4 @@
-"""`make bench`: what the README's figures are made of, in one run. Ratios are the point: machines differ, and are noisy."""
+"""`make bench`: the README's figures, in one run. Ratios are the point: machines differ, and are noisy."""
 
 import sys
 import tempfile

@@ -1,4 +1,4 @@
-"""Images a second through the whole service, against diffusers' own pipeline in a loop; and against the measured curve."""
+"""Images a second through the whole service: against diffusers' own pipeline in a loop, and the measured curve."""
 
 import statistics
 import time

@@ -1,0 +1,112 @@
+"""Cards say what a model is and can do, to whoever has no torch."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from app.schemas import GenerationRequest
+from models.catalog import CARDS, Catalog, ModelCard, read_cards
+
+ALL = list(read_cards(CARDS))
+EMOJI = (CARDS / "emoji-sd.toml").read_text()
+
+
+@pytest.fixture
+def card() -> ModelCard:
+    return Catalog.read(["emoji-sd"]).default
+
+
+def fields(card: ModelCard, **asked: object) -> list[str]:
+    return [field for field, _ in card.problems(GenerationRequest.model_validate({"prompt": "a dog", **asked}))]
+
+
+def test_cards_are_read_without_torch():
+    heavy = ("torch", "transformers", "diffusers", "numpy")
+    code = (
+        f"import sys; from models.catalog import *; print(*read_cards(CARDS)); assert not sys.modules.keys() & {heavy}"
+    )
+    assert "emoji-sd" in subprocess.check_output([sys.executable, "-c", code], text=True)
+
+
+@pytest.mark.parametrize("card", ALL, ids=lambda card: card.name)
+def test_a_card_is_named_like_its_file_and_its_defaults_are_possible(card: ModelCard):
+    assert (CARDS / f"{card.name}.toml").exists()
+    defaults = card.defaults.model_dump(exclude={"strength"})
+    assert fields(card, width=card.size.width, height=card.size.height, **defaults) == []
+    assert card.public().model_dump().items() <= card.model_dump().items()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ('name = "emoji-sd"', 'name = "emoji-sd', "Illegal character|Unterminated"),
+        ('name = "emoji-sd"', 'name = "Emoji SD"', "pattern"),
+        ('title = "Emoji scenes"', "", "title"),
+        ('title = "Emoji scenes"', 'title = ""\ncolour = "red"', "colour"),
+        ('tasks = ["text-to-image"', 'tasks = ["text-to-text"', "tasks"),
+        ('kind = "folder"', 'kind = "cupboard"', "source"),
+        ('scheduler = "dpmpp_2m"', 'scheduler = "none"', "default scheduler"),
+        ("num_inference_steps = 20", "num_inference_steps = 101", "default num_inference_steps"),
+        ("guidance_scale = 3.0", "guidance_scale = 20.5", "default guidance_scale"),
+        ("width = 128", "width = 120", "default width: must be a multiple of 16"),
+        ("height = 128", "height = 512", "default height"),
+        ("multiple_of = 16", "", "multiple_of"),
+    ],
+)
+def test_a_broken_card_names_its_file_and_what_is_wrong(tmp_path: Path, before: str, after: str, message: str):
+    assert EMOJI.count(before) == 1
+    (tmp_path / "mine.toml").write_text(EMOJI.replace(before, after))
+    with pytest.raises(ValueError, match=message) as broken:
+        Catalog.read(["emoji-sd"], tmp_path)
+    assert str(tmp_path / "mine.toml") in str(broken.value)
+
+
+def test_a_card_that_is_no_text_names_its_file(tmp_path: Path):
+    (tmp_path / "mine.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"mine\.toml"):
+        Catalog.read(["emoji-sd"], tmp_path)
+
+
+def test_cards_of_your_own_are_added_and_replace_ours(tmp_path: Path):
+    (tmp_path / "mine.toml").write_text(EMOJI.replace('name = "emoji-sd"', 'name = "mine"'))
+    (tmp_path / "ours.toml").write_text(EMOJI.replace('title = "Emoji scenes"', 'title = "Replaced"'))
+    catalog = Catalog.read(["mine", "emoji-sd"], tmp_path)
+    assert catalog.names == ["mine", "emoji-sd"]
+    assert catalog.default.name == "mine"
+    assert catalog["emoji-sd"].title == "Replaced"
+    assert "mine" in catalog
+    assert "sdxl" not in catalog
+
+
+def test_a_model_without_a_card_is_named():
+    with pytest.raises(ValueError, match=r"no card for nope, neither; there are .*sdxl"):
+        Catalog.read(["emoji-sd", "nope", "neither"])
+
+
+@pytest.mark.parametrize(
+    ("asked", "wrong"),
+    [
+        ({}, []),
+        ({"width": 64, "height": 256}, []),
+        ({"width": 48}, ["width"]),
+        ({"width": 272, "height": 63}, ["width", "height"]),
+        ({"height": 72}, ["height"]),
+        ({"n": 8, "num_inference_steps": 100, "guidance_scale": 20.0}, []),
+        ({"n": 9, "num_inference_steps": 101, "guidance_scale": 20.1}, ["n", "num_inference_steps", "guidance_scale"]),
+        ({"guidance_scale": 0.0}, []),
+        ({"scheduler": "euler"}, []),
+        ({"scheduler": "flow_match"}, ["scheduler"]),
+        ({"image": "x", "mask": "y"}, []),
+    ],
+)
+def test_what_a_model_cannot_do_is_listed(card: ModelCard, asked: dict[str, object], wrong: list[str]):
+    assert fields(card, **asked) == wrong
+
+
+def test_a_task_that_a_model_does_not_do_is_laid_at_what_made_it_one(card: ModelCard):
+    plain = card.model_copy(update={"tasks": ["text-to-image"]})
+    assert fields(plain) == []
+    assert fields(plain, image="x") == ["image"]
+    assert fields(plain, image="x", mask="y") == ["mask"]
