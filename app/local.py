@@ -1,4 +1,4 @@
-"""The whole service on one machine: an embedded Valkey, the API, workers. Whatever is started is stopped, come what may."""
+"""The whole service on one machine: an embedded Valkey, the API, workers. Whatever is started is stopped."""
 
 import ctypes
 import os

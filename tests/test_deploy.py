@@ -209,6 +209,7 @@ class Answer(BaseHTTPRequestHandler):
                 self.wfile.write(f"data: {number}\n\n".encode())
                 assert self.server.received.acquire(timeout=5), "the client never got it"
             return
+        self.send_header("X-Request-ID", "the API's own")
         self.end_headers()
         seen = {name.lower(): value for name, value in self.headers.items()} | {"bytes": len(body)}
         self.wfile.write(json.dumps(seen).encode())
@@ -340,13 +341,14 @@ def test_a_body_that_is_a_little_too_large_is_refused_by_the_api_and_a_far_large
 
 
 @needs_nginx
-def test_a_request_keeps_its_id_or_is_given_one(proxy: int):
-    def id_of(headers: dict[str, str]) -> str:
-        return json.load(ask(proxy, "GET", "/v1/models", headers=headers))["x-request-id"]
-
-    assert id_of({"X-Request-ID": "order-66"}) == "order-66"
-    assert re.fullmatch("[0-9a-f]{32}", id_of({}))
-    assert re.fullmatch("[0-9a-f]{32}", id_of({"X-Request-ID": 'a "quoted" id'}))
+@pytest.mark.parametrize("path", ["/v1/models", "/metrics", "/breaks"])
+@pytest.mark.parametrize(("sent", "kept"), [("order-66", True), (None, False), ('a "quoted" id', False)])
+def test_a_request_has_one_id_for_the_api_and_the_client(path: str, sent: str | None, kept: bool, proxy: int):
+    response = ask(proxy, "GET", path, headers={} if sent is None else {"X-Request-ID": sent})
+    (known,) = response.headers.get_all("X-Request-ID", [])
+    assert (known == sent) if kept else re.fullmatch("[0-9a-f]{32}", known)
+    if path == "/v1/models":
+        assert json.load(response)["x-request-id"] == known
 
 
 @needs_nginx

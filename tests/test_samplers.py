@@ -26,8 +26,8 @@ CONFIGS = {
 CASES = [(name, kind) for kind in ("epsilon", "v_prediction") for name in LINEAR if name != "flow_match"]
 CASES.append(("flow_match", "flow"))
 
-# Of the largest value, for a float32 table and a float64 scheduler. In float32 the schedulers themselves are worse, for a
-# zero terminal SNR means a first sigma of 4096: Euler's sample begins that large, DEIS's coefficients are, and they cancel.
+# Of the largest value, for a float32 table and a float64 scheduler. In float32 the schedulers themselves are worse, for
+# a zero terminal SNR means a first sigma of 4096: Euler's sample begins that large, so do DEIS's terms; they cancel.
 TOLERANCE = 1e-6
 
 

@@ -133,7 +133,7 @@ class Engine:
             outcomes = run(seating)
         except Exception as error:
             calls = len(seating.places)
-            log.warning("pass_failed", net=seating.net.name, calls=calls, rows=seating.rows, exc_info=error)
+            log.warning("pass_failed", net=seating.net.name, calls=calls, rows=seating.rows, error=repr(error))
             if calls == 1:
                 return [(waiting, error) for waiting in seating.places]
             return [pair for half in halves(seating) for pair in self._run(half)]

@@ -12,6 +12,7 @@ from models.catalog import Catalog, ModelCard
 from models.families import Resident
 from models.loading import resident_bytes
 from workers.curve import Curve, warm_up
+from workers.outcomes import ModelUnavailable
 
 log = structlog.get_logger()
 
@@ -36,15 +37,11 @@ class Warm:
         return self.curve.rows_per_second(self.width)
 
 
-class ModelUnavailable(Exception):
-    """The model cannot be loaded on this worker; the message says why."""
-
-
 class Residency:
     """At most `budget_mib` of models; the least recently used one leaves, pinned ones stay.
 
-    Weights are read by a thread of its own while others draw; the curve is measured by the caller, between two steps, when
-    nothing else is running on the device.
+    Weights are read by a thread of its own while others draw; the curve is measured by the caller, between two steps,
+    when nothing else is running on the device.
     """
 
     def __init__(

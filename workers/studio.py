@@ -1,7 +1,7 @@
 """Generations on their way through the engine: from their inputs to their stored pictures.
 
-The worker's half that knows pictures. `EngineWorker`, the half that knows RQ, asks it for room, lets generations join and
-leave, and takes outcomes.
+The worker's half that knows pictures. `EngineWorker`, the half that knows RQ, asks it for room, lets generations join
+and leave, and takes outcomes.
 """
 
 import hashlib
@@ -10,9 +10,10 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import structlog
+from obstore.exceptions import BaseError as BlobStoreError
 from PIL import Image
 from torch import Tensor
 
@@ -24,8 +25,9 @@ from app.storage import BlobStore, image_key, input_key, preview_key
 from models.families import Resident
 from models.stable_diffusion import Inputs
 from workers.engine import Engine, Pass, Ticket
+from workers.outcomes import ModelUnavailable, NotFinite, NotStored
 from workers.reporter import Reporter
-from workers.residency import ModelUnavailable, Residency, Warm
+from workers.residency import Residency, Warm
 
 log = structlog.get_logger()
 
@@ -77,6 +79,7 @@ class Studio:
 
     def admits(self, model: str) -> bool:
         """Whether a generation of this model could join now; if its model is cold, bring that in."""
+        self.residency.arrived()
         if warm := self.residency.get(model):
             return self._rows(model) < warm.width
         if self.residency.failure(model):
@@ -100,11 +103,12 @@ class Studio:
         warm = self.residency.get(parameters.model)
         if warm is None:
             raise self.residency.failure(parameters.model) or ModelUnavailable(f"{parameters.model} is not loaded")
-        drawing = Drawing(id, folder, parameters, warm.resident, self.files.submit(self._read, id, parameters))
-        self.drawings[id] = drawing
+        needs_files = parameters.image is not None
+        inputs = self.files.submit(self._read, id, parameters) if needs_files else done(Inputs())
+        self.drawings[id] = drawing = Drawing(id, folder, parameters, warm.resident, inputs)
         cost = parameters.n * parameters.num_inference_steps * (2 if parameters.guidance_scale > 1 else 1)
         self.costs[parameters.model] = averaged(self.costs.get(parameters.model), cost)
-        if parameters.image is None:
+        if not needs_files:
             self._begin(drawing)
 
     def leave(self, id: str) -> None:
@@ -115,9 +119,9 @@ class Studio:
                 self.engine.cancel(ticket)
 
     def step(self) -> Mapping[str, Any]:
-        """One pass of the engine, or, if it has nothing to run, wait for files. Returns what ended: a result or an exception."""
+        """One pass of the engine or, if it has nothing to run, a wait for files. Returns what ended, and how."""
         for drawing in self.drawings.values():
-            if not drawing.tickets and drawing.inputs.done():
+            if not drawing.tickets and drawing.inputs.done() and drawing.inputs.exception() is None:
                 self._begin(drawing)
         if self.engine:
             for ticket in self.engine.step():
@@ -174,6 +178,8 @@ class Studio:
     def _store(self, drawing: Drawing, index: int, picture: Tensor) -> dict[str, Any]:
         """Encode and save one picture; what is kept of it in Redis."""
         r, seed = drawing.parameters, drawing.parameters.seed + index
+        if not picture.isfinite().all():
+            raise NotFinite("the model returned pixels that are no numbers")
         pixels = (picture.permute(1, 2, 0) * 255).round().byte().numpy()
         began = time.perf_counter()
         data = encode(pixels, r.output_format, parameters_text(r, seed))
@@ -189,13 +195,13 @@ class Studio:
 
     def _outcome(self, drawing: Drawing) -> Any:
         if not drawing.tickets:
-            return drawing.inputs.exception() if drawing.inputs.done() else None
+            return not_stored(drawing.inputs.exception()) if drawing.inputs.done() else None
         if drawing.error:
             return drawing.error
         if not all(t.done for t in drawing.tickets) or not all(f.done() for f in drawing.stored.values()):
             return None
         if failed := next((e for f in drawing.stored.values() if (e := f.exception())), None):
-            return failed
+            return not_stored(failed)
         return {
             "images": [drawing.stored[i].result() for i in range(drawing.parameters.n)],
             "steps": drawing.tickets[0].at[1] if drawing.tickets[0].at else None,
@@ -226,7 +232,8 @@ class Studio:
     def _preview(self, drawing: Drawing, step: int, steps: int) -> None:
         for index, ticket in enumerate(drawing.tickets):
             if ticket.estimate is not None and not ticket.done:
-                self.files.submit(self._show, drawing, index, ticket.estimate, step, steps)
+                shown = self.files.submit(self._show, drawing, index, ticket.estimate, step, steps)
+                shown.add_done_callback(log_failure)
 
     def _show(self, drawing: Drawing, index: int, estimate: Tensor, step: int, steps: int) -> None:
         picture = Image.fromarray(drawing.resident.colours.paint(estimate).numpy())
@@ -258,8 +265,27 @@ class Studio:
         return sum(drawing.rows for drawing in self.drawings.values() if drawing.parameters.model == model)
 
 
+def done(inputs: Inputs) -> Future[Inputs]:
+    future = Future[Inputs]()
+    future.set_result(inputs)
+    return future
+
+
+def log_failure(future: Future[None]) -> None:
+    """A preview that fails is missing, and the picture goes on."""
+    if error := future.exception():
+        log.warning("preview_failed", exc_info=error)
+
+
+def not_stored(error: BaseException | None) -> Exception | None:
+    """A file that could not be read or written may be another time; what else goes wrong there is a bug."""
+    if isinstance(error, BlobStoreError | OSError):
+        return NotStored(f"{type(error).__name__}: {error}")
+    return cast(Exception | None, error)
+
+
 def timings(drawing: Drawing) -> dict[str, float]:
-    """Seconds from submission, which the id tells, to the first step and to the end of the last pass; and of encoding."""
+    """Seconds from submission, which the id tells, to the first step and the end of the last pass; and of encoding."""
     submitted, drawn = age_of(drawing.id), drawing.drawn or time.time()
     first_step = (drawing.first_step or drawn) - submitted
     return {"first_step": first_step, "drawn": drawn - submitted, "encoding": drawing.encoding}

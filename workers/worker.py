@@ -36,6 +36,7 @@ from rq.worker_registration import register
 from app import events, metrics
 from app.jobs import BELL, PRIORITIES, Pace, age_of, atomically, pace_key, queue_name
 from app.schemas import Parameters
+from workers.outcomes import EngineBroke, Expired, Failed, Stopped, TimedOut
 
 log = structlog.get_logger()
 
@@ -69,33 +70,6 @@ class Report(Protocol):
     def __call__(
         self, generation: str, name: str, data: dict[str, Any] | None = None, ttl: timedelta = ...
     ) -> None: ...
-
-
-class Failed(Exception):
-    """A reason that clients are told; `kind` is its stable name. `again`: another attempt may fare better."""
-
-    kind = "error"
-    again = False
-
-
-class EngineBroke(Failed):
-    """A step failed as a whole: nobody's request is to blame, and this process is not to be trusted any more."""
-
-    again = True
-
-
-class TimedOut(Failed):
-    kind = "timeout"
-
-
-class Stopped(Failed):
-    """By an operator, with RQ's stop command."""
-
-    kind = "stopped"
-
-
-class Expired(Exception):
-    """`expires_in` has passed."""
 
 
 @dataclass(eq=False)
