@@ -38,3 +38,5 @@ def set_up(settings: Settings) -> None:
     logging.basicConfig(handlers=[handler], level=settings.log_level.upper(), force=True)
     for chatty in ("rq", "httpx2", "uvicorn.access"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    # Each process that imports diffusers is told that torchvision, which we do not use, is missing.
+    logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)

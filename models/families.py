@@ -17,12 +17,10 @@ class Resident(Protocol):
     pipeline: Any
     denoiser: Net
     decoder: Net
+    colours: LatentColours  # for previews
 
     def draw(self, r: Parameters, seed: int, inputs: Inputs) -> Program: ...
     def warnings(self, r: Parameters) -> list[str]: ...
-
-    @property
-    def colours(self) -> LatentColours: ...
 
 
 FAMILIES = {"stable-diffusion": StableDiffusion, "diffusers": StockPipelines}

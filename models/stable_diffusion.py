@@ -48,6 +48,7 @@ class StableDiffusion:
         self.text_encoder = Net("encode_text", self.encode_text, width=32)
         self.image_encoder = Net("encode_image", self.encode_image, width=1)
         self.decoder = Net("decode", self.decode, buckets=(1, 2, 4, 8), width=8)
+        self.colours = LatentColours.fit(lambda pixels: self.encode_image(pixels=pixels)[0] * self.scaling, self.device)
 
     # -- the nets: rows in, rows out
 
@@ -182,12 +183,7 @@ class StableDiffusion:
 
     def warnings(self, r: Parameters) -> list[str]:
         """What of the prompts the text encoder will not see."""
-        tokenizer = self.pipeline.tokenizer
-        return [
-            f"{field} is cut after {cut.kept} tokens: {cut.lost!r} is not seen"
-            for field, text in (("prompt", r.prompt), ("negative_prompt", r.negative_prompt))
-            if (cut := cut_off(tokenizer, text, tokenizer.model_max_length))
-        ]
+        return unseen(r, self.pipeline.tokenizer, self.pipeline.tokenizer.model_max_length)
 
     def noise(self, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
         """Drawn in the model's dtype, as the stock pipeline does, then float32."""
@@ -209,11 +205,6 @@ class StableDiffusion:
         hole = (hole.view(1, 1, mask.height, mask.width) >= 128).float()
         return hole, torch.nn.functional.interpolate(hole, shape[-2:]).to(self.device)
 
-    @cached_property
-    def colours(self) -> LatentColours:
-        """For previews."""
-        return LatentColours.fit(lambda pixels: self.encode_image(pixels=pixels)[0] * self.scaling, self.device)
-
 
 def skipped_steps(r: Parameters) -> int:
     """How many steps image-to-image leaves out: the stock pipelines' `get_timesteps`, but at least one is taken."""
@@ -222,14 +213,12 @@ def skipped_steps(r: Parameters) -> int:
     return r.num_inference_steps - max(int(r.num_inference_steps * r.strength), 1)
 
 
-@dataclass(frozen=True)
-class Cut:
-    kept: int
-    lost: str
-
-
-def cut_off(tokenizer: Any, text: str, length: int) -> Cut | None:
-    """What has no room in `length` tokens, of which some mark the start and the end."""
-    ids = tokenizer(text, add_special_tokens=False).input_ids
-    room = length - tokenizer.num_special_tokens_to_add()
-    return Cut(room, tokenizer.decode(ids[room:]).strip()) if len(ids) > room else None
+def unseen(r: Parameters, tokenizer: Any, length: int) -> list[str]:
+    """A warning for each prompt that has no room in `length` tokens, of which some mark the start and the end."""
+    room, warnings = length - tokenizer.num_special_tokens_to_add(), list[str]()
+    for field in ("prompt", "negative_prompt"):
+        ids = tokenizer(getattr(r, field), add_special_tokens=False, verbose=False).input_ids
+        if len(ids) > room:
+            lost = tokenizer.decode(ids[room:]).strip()
+            warnings.append(f"{field} is cut after {room} tokens: {lost!r} is not seen")
+    return warnings

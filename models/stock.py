@@ -27,7 +27,7 @@ from models import samplers
 from models.catalog import ModelCard
 from models.preview import LatentColours
 from models.program import BUCKETS, Call, Net, Program, generator
-from models.stable_diffusion import Inputs, cut_off
+from models.stable_diffusion import Inputs, unseen
 
 DENOISERS = ("unet", "transformer")
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder")
@@ -58,6 +58,7 @@ class StockPipelines:
         self.denoiser = next(self.nets[name] for name in DENOISERS if name in self.nets)
         self.decoder = self.nets["vae.decode"]
         self.device = self.pipeline.device
+        self.colours = LatentColours.fit(self.latent_means, self.device)
 
     def draw(self, r: Parameters, seed: int, inputs: Inputs) -> Program:
         """One picture."""
@@ -84,21 +85,16 @@ class StockPipelines:
 
     def warnings(self, r: Parameters) -> list[str]:
         """What of the prompts the text encoders will not see: judged by the tokenizer that takes most."""
-        named = (self.pipeline.components.get(name) for name in TOKENIZERS)
-        roomiest = max(filter(None, named), key=lambda tokenizer: tokenizer.model_max_length)
-        cut = cut_off(roomiest, r.prompt, min(roomiest.model_max_length, self.card.limits.prompt_tokens))
-        return [f"prompt is cut after {cut.kept} tokens: {cut.lost!r} is not seen"] if cut else []
+        tokenizers = [t for name in TOKENIZERS if (t := self.pipeline.components.get(name)) is not None]
+        lengths = [min(tokenizer.model_max_length, self.card.limits.prompt_tokens) for tokenizer in tokenizers]
+        pairs = zip(tokenizers, lengths, strict=True)
+        return unseen(r, *max(pairs, key=lambda pair: pair[1] - pair[0].num_special_tokens_to_add()))
 
-    @functools.cached_property
-    def colours(self) -> LatentColours:
-        """For previews."""
+    def latent_means(self, pixels: Tensor) -> Tensor:
+        """[rows, 3, H, W] in [-1, 1] to the means of their latents, as the denoiser knows them."""
         vae = self.pipeline.vae
-
-        def encode(pixels: Tensor) -> Tensor:
-            mean = vae.encode(pixels.to(vae.dtype)).latent_dist.mean
-            return (mean - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
-
-        return LatentColours.fit(encode, self.device)
+        mean = vae.encode(pixels.to(vae.dtype)).latent_dist.mean
+        return (mean - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
 
 
 def nets(pipeline: Any, card: ModelCard) -> dict[str, Net]:

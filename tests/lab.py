@@ -33,8 +33,9 @@ from app.settings import Settings
 from app.storage import open_store
 from models.catalog import Catalog
 from workers import worker
+from workers.outcomes import Failed
 from workers.reporter import Reporter
-from workers.worker import EngineWorker, Failed
+from workers.worker import EngineWorker
 
 OWNER = "ada"
 MODELS = ("alpha", "beta")

@@ -88,5 +88,5 @@ def test_a_warm_model_has_a_measured_width_and_a_speed(residency):
     models = residency()
     bring_in(models, "a")
     warm = models.warm["a"]
-    assert warm.width in warm.curve.seconds
+    assert warm.width in warm.curves[warm.resident.denoiser].seconds
     assert warm.rows_per_second > 0

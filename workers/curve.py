@@ -32,15 +32,17 @@ class Curve:
         return rows / self.seconds[rows]
 
 
-def warm_up(resident: Resident, max_rows: int) -> Curve:
-    """Run each net once, measure the two that matter, and set their widths. Returns the denoiser's curve."""
+def warm_up(resident: Resident, max_rows: int) -> dict[Net, Curve]:
+    """Run each net once, measure the two that matter, the denoiser and the decoder, and set their widths."""
     with torch.no_grad():
         step, decode = example_calls(resident)
-        curve = measure(resident.denoiser, step, max_rows)
-        resident.denoiser.width = curve.width
-        resident.decoder.width = measure(resident.decoder, decode, max(resident.decoder.buckets)).width
-        _ = resident.colours  # fitted now, not during somebody's request
-    return curve
+        curves = {
+            resident.denoiser: measure(resident.denoiser, step, max_rows),
+            resident.decoder: measure(resident.decoder, decode, max(resident.decoder.buckets)),
+        }
+    for net, curve in curves.items():
+        net.width = curve.width
+    return curves
 
 
 def example_calls(resident: Resident) -> tuple[Call, Call]:

@@ -11,6 +11,7 @@ from app import metrics
 from models.catalog import Catalog, ModelCard
 from models.families import Resident
 from models.loading import resident_bytes
+from models.program import Net
 from workers.curve import Curve, warm_up
 from workers.outcomes import ModelUnavailable
 
@@ -25,7 +26,7 @@ class Warm:
     """A model that is ready to draw."""
 
     resident: Resident
-    curve: Curve
+    curves: dict[Net, Curve]
     used: float = field(default_factory=time.monotonic)
 
     @property
@@ -34,7 +35,7 @@ class Warm:
 
     @property
     def rows_per_second(self) -> float:
-        return self.curve.rows_per_second(self.width)
+        return self.curves[self.resident.denoiser].rows_per_second(self.width)
 
 
 class Residency:
@@ -115,17 +116,20 @@ class Residency:
         self.loading = None
         try:
             resident = future.result()
-            curve = warm_up(resident, self.max_rows or self.catalog[model].max_rows)
+            curves = warm_up(resident, self.max_rows or self.catalog[model].max_rows)
         except Exception as error:  # whatever a checkpoint does wrong must not take the other models down
             log.error("model_unavailable", model=model, exc_info=error)
             self.failed[model] = time.monotonic(), ModelUnavailable(f"{model} cannot be loaded: {error}")
             return None
-        self.warm[model] = warm = Warm(resident, curve)
+        self.warm[model] = warm = Warm(resident, curves)
         self._show_memory()
         took = time.perf_counter() - began
         metrics.MODEL_LOAD.labels(model).set(took)
         metrics.BATCH_WIDTH.labels(model).set(warm.width)
-        milliseconds = {rows: round(seconds * 1000, 1) for rows, seconds in curve.seconds.items()}
+        for net, curve in curves.items():
+            for rows, seconds in curve.seconds.items():
+                metrics.PASS.labels(model, net.name, rows).set(seconds)
+        milliseconds = {rows: round(s * 1000, 1) for rows, s in curves[resident.denoiser].seconds.items()}
         log.info("warm", model=model, seconds=round(took, 2), width=warm.width, milliseconds_by_rows=milliseconds)
         return model
 

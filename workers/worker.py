@@ -116,7 +116,7 @@ class EngineWorker(BaseWorker):
         )
         self.studio, self.report, self.lease, self.warm_bonus = studio, report, lease, warm_bonus
         self.seats: dict[str, Seat] = {}
-        self.heads: dict[Queue, float] = {}  # what waits, as of our last look
+        self.turns: list[Queue] = []  # those that had something when we last looked, in the order of their turn
         self.rung = True  # something may have come in since then
         self.stops: set[str] = set()  # filled by RQ's own thread
         self.abandoned: list[Job] = []
@@ -137,7 +137,7 @@ class EngineWorker(BaseWorker):
                     self.admit()
                 if self.seats:
                     self.step()
-                elif self._stop_requested or (burst and not self.heads):
+                elif self._stop_requested or (burst and not self.turns):
                     return True
         finally:
             self.bell.close()
@@ -149,7 +149,7 @@ class EngineWorker(BaseWorker):
         """Hear what has come in or been canceled; with nothing to do, wait for it, at most until the next beat."""
         patience = 0.0
         if wait and not (self.rung and self.admitting):
-            patience = LOADING if self.heads else max(0.0, self.next_beat - time.monotonic())
+            patience = LOADING if self.turns else max(0.0, self.next_beat - time.monotonic())
         while message := self.bell.get_message(timeout=patience):
             word, _, id = cast(bytes, message["data"]).decode().partition(" ")
             if word == "queued":
@@ -163,23 +163,20 @@ class EngineWorker(BaseWorker):
 
         Asks Redis only if the bell has rung, or there is room for what waited when we last looked.
         """
-        while self.rung or any(self.studio.admits(model_of(queue)) for queue in self.heads):
+        while self.rung or any(self.studio.admits(model_of(queue)) for queue in self.turns):
             self.rung = False
-            self.heads = self.look()
-            if not any(self.take(queue) for queue in sorted(self.heads, key=self.heads.__getitem__)):
+            self.turns = self.look()
+            if not any(self.take(queue) for queue in self.turns):
                 return
 
-    def look(self) -> dict[Queue, float]:
-        """The queues that have something: when their first job came in, moved by what it may overtake."""
+    def look(self) -> list[Queue]:
+        """The queues that have something, by when their first job came in, moved by what it may overtake."""
         with self.connection.pipeline(transaction=False) as pipe:
             for queue in self.queues:
                 pipe.lindex(queue.key, 0)
             firsts = pipe.execute()
-        return {
-            queue: age_of(events.text(first)) - self.advantage(queue)
-            for queue, first in zip(self.queues, firsts, strict=True)
-            if first is not None
-        }
+        heads = {queue: first for queue, first in zip(self.queues, firsts, strict=True) if first is not None}
+        return sorted(heads, key=lambda queue: age_of(heads[queue].decode()) - self.advantage(queue))
 
     def advantage(self, queue: Queue) -> float:
         model, _, priority = queue.name.rpartition(".")
