@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.process import BaseProcess
@@ -40,6 +40,7 @@ from workers.worker import EngineWorker
 OWNER = "ada"
 MODELS = ("alpha", "beta")
 QUEUES = tuple(queue_name(model, priority) for model in MODELS for priority in PRIORITIES)
+EVENTS = {"queued", "running", "progress", "preview"} | events.ENDED
 DIARY = "lab:joins"  # a list of Join
 
 PROCESSES = multiprocessing.get_context("forkserver")  # a fork of what has imported everything, but for torch
@@ -256,6 +257,10 @@ class Lab:
 
     def events(self, id: str) -> list[str]:
         return [event.name for event in events.parse(self.connection.xrange(events.stream(id)))]
+
+    def wait_events(self, id: str, expected: list[str], among: Collection[str] = EVENTS) -> None:
+        """A worker reports a moment later than it acts."""
+        until(lambda: [name for name in self.events(id) if name in among] == expected, 10, lambda: str(self.events(id)))
 
     def left(self) -> dict[str, int]:
         """What RQ has not done with."""

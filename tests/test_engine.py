@@ -444,6 +444,7 @@ def test_nothing_is_left_waiting_of_a_ticket_that_is_done():
 
 
 def test_gradients_are_off_in_programs_and_nets_and_back_on_after_them():
+    torch.set_grad_enabled(True)
     modes = list[bool]()
 
     def net_run(x: Tensor) -> Tensor:

@@ -126,8 +126,8 @@ class EngineWorker(BaseWorker):
         self.bell = connection.pubsub(ignore_subscribe_messages=True)
 
     def work(self, burst: bool = False, *_: Any, **__: Any) -> bool:
-        self.bootstrap("WARNING")
         self._install_signal_handlers()
+        self.bootstrap("WARNING")
         self.bell.subscribe(BELL)
         try:
             while True:
@@ -330,6 +330,8 @@ class EngineWorker(BaseWorker):
             return
         self.next_beat = time.monotonic() + PULSE
         self.rung = True  # a ring is lost while the connection is
+        if self._stop_requested:
+            log.info("stopping", worker=self.name, in_flight=len(self.seats))
         overdue_leases = self.show_life()
         self.renew()
         metrics.HEARTBEAT.set_to_current_time()
@@ -428,8 +430,10 @@ class EngineWorker(BaseWorker):
             self.stops.add(execution.job_id)
 
     def _shutdown(self) -> None:
-        log.info("stopping", worker=self.name, in_flight=len(self.seats))
-        # RQ would raise out of an idle dequeue, losing a job popped in that instant (rq#2236)
+        """A signal may come in the middle of anything: RQ would raise, losing a job popped in that instant (rq#2236).
+
+        Nor may this log: the line that it interrupts may hold the log's lock.
+        """
         self._stop_requested = True
 
     def teardown(self) -> None:
