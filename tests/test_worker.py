@@ -20,6 +20,7 @@ from rq.suspension import resume, suspend
 
 from app import events
 from app.errors import NotCancelable
+from app.jobs import BELL
 from tests.lab import OWNER, Lab, Server, ended, freeze, thaw, until
 
 LONG = pytest.mark.long
@@ -155,11 +156,13 @@ def queue_again(lab: Lab, id: str) -> None:
     with lab.connection.pipeline() as pipe:
         job.retry(queue, pipe)
         pipe.execute()
+    until(lambda: lab.connection.pubsub_numsub(BELL)[0][1] == len(lab.workers))
+    lab.connection.publish(BELL, "queued")
 
 
 def test_of_two_workers_with_a_lease_on_a_job_one_ends_it(lab: Lab):
     lab.worker(pulse=600, lease=1200)  # no beat, so they do not notice before the end
-    (id,) = lab.put(steps=50)
+    (id,) = lab.put(steps=100)
     lab.wait_running(1)
     lab.worker(pulse=600, lease=1200)
     queue_again(lab, id)
@@ -241,7 +244,7 @@ def test_nothing_is_lost_to_workers_killed_at_any_moment(lab: Lab, times: int):
         workers[which].kill()
         workers[which] = lab.worker(name=f"b{i}")
     lab.wait(ids, seconds=120)
-    lab.audit(ids)
+    lab.audit(ids, results={("SUCCESSFUL",), ()})  # RQ writes it just after the end: a kill may come in between
 
 
 @pytest.mark.long
@@ -299,11 +302,11 @@ def test_a_job_abandoned_on_its_last_attempt_has_failed_and_says_so(lab: Lab):
 
 
 def test_a_running_one_that_is_canceled_leaves_the_batch_at_once(lab: Lab):
-    lab.worker(slots=1, pulse=600, lease=1200)  # no beat during this test
+    lab.worker(slots=1, step=0.3, pulse=600, lease=1200)  # no beat during this test
     running, waiting = lab.put(2, steps=100)
     lab.wait_running(1)
     assert lab.jobs.cancel(running, OWNER).status == "canceled"
-    until(lambda: lab.runs([waiting])[waiting] == 1, 1.5)  # it would have taken two seconds
+    until(lambda: lab.runs([waiting])[waiting] == 1, 15)  # it would have taken thirty seconds
     assert lab.get(running).status == "canceled"
     lab.wait_events(running, ["queued", "running", "canceled"])
     assert lab.results(running) == []
@@ -452,7 +455,7 @@ def test_a_job_that_cannot_be_read_fails_and_the_worker_goes_on(lab: Lab):
 
 def test_an_engine_that_breaks_hands_every_job_back_and_ends_the_process(lab: Lab):
     worker = lab.worker()
-    ids = lab.put(7, steps=30)
+    ids = lab.put(7, steps=100)
     lab.wait_running(7)
     ids += lab.put(**{"break": 1})
     assert ended(worker) not in (0, None)

@@ -204,6 +204,7 @@ class EngineWorker(BaseWorker):
         pipe.persist(job.key)
         pipe.hincrby(job.key, "attempts", 1)
         job.prepare_for_execution(self.name, pipe)
+        events.record(pipe, job.id, "running", {"status": "running"})
         return Execution.create(job, self.lease, pipe, worker_name=self.name)
 
     def seat(self, job: Job, queue: Queue, execution: Execution) -> None:
@@ -215,7 +216,6 @@ class EngineWorker(BaseWorker):
         metrics.RUNNING.labels(seat.model).inc()
         metrics.QUEUE_WAIT.labels(seat.model).observe(time.time() - job.created_at.timestamp())
         log.info("running", generation=job.id, model=seat.model, worker=self.name)
-        self.report(job.id, "running", {"status": "running"})
         try:
             parameters = Parameters.model_validate(job.kwargs["parameters"])
             if parameters.expires_in is not None:
