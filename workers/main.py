@@ -38,8 +38,7 @@ OUTAGE = (
 def run(settings: Settings, redis_url: str) -> None:
     """Serve until told to stop; in-flight generations are finished first."""
     device = settings.device if settings.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-    if settings.torch_threads:
-        torch.set_num_threads(settings.torch_threads)
+    torch.set_num_threads(settings.torch_threads or torch.get_num_threads())  # before other threads ask for fewer
     catalog = Catalog.read(settings.models, settings.cards_dir)
     connection = connect(redis_url)
     reporter = Reporter(connect(redis_url))

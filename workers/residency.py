@@ -14,6 +14,7 @@ from models.loading import resident_bytes
 from models.program import Net
 from workers.curve import Curve, warm_up
 from workers.outcomes import ModelUnavailable
+from workers.threads import beside_the_engine
 
 log = structlog.get_logger()
 
@@ -63,7 +64,7 @@ class Residency:
         self.warm: dict[str, Warm] = {}
         self.failed: dict[str, tuple[float, ModelUnavailable]] = {}
         self.loading: tuple[str, Future[Resident], float] | None = None
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="load")
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="load", initializer=beside_the_engine)
 
     def get(self, model: str) -> Warm | None:
         """The model if it is warm; marks it as used."""

@@ -28,6 +28,7 @@ from workers.engine import Engine, Pass, Ticket
 from workers.outcomes import ModelUnavailable, NotFinite, NotStored
 from workers.reporter import Reporter
 from workers.residency import Residency, Warm
+from workers.threads import beside_the_engine
 
 log = structlog.get_logger()
 
@@ -67,9 +68,7 @@ class Studio:
         self.residency, self.blobs, self.reporter, self.preview_size = residency, blobs, reporter, preview_size
         self.engine = Engine(self._observe)
         self.drawings: dict[str, Drawing] = {}
-        self.files = ThreadPoolExecutor(
-            2, thread_name_prefix="files"
-        )  # reading, encoding and storing; one core is the engine's
+        self.files = ThreadPoolExecutor(2, thread_name_prefix="files", initializer=beside_the_engine)
         self.touched: set[Drawing] = set()
         self.of_ticket: dict[Ticket, Drawing] = {}
         self.speeds: dict[str, float] = {}  # rows a second, per model
