@@ -13,6 +13,15 @@ LONGEST = 1000  # entries a stream keeps; a hundred steps with previews fit many
 FORGOTTEN_AFTER = timedelta(days=8)  # one that never ended; longer than any may wait. The others go with their results
 PATIENCE = 10.0  # seconds of silence after which a listener looks whether there is anything left to wait for
 
+# `record` below, for scripts that end a generation or queue it again: its status changes and is told in one step.
+RECORD = f"""
+local function record(stream, status, ttl)
+    local data = cjson.encode({{status = status}})
+    redis.call('XADD', stream, 'MAXLEN', '~', {LONGEST}, '*', 'event', status, 'data', data)
+    if ttl then redis.call('EXPIRE', stream, ttl, 'LT') end
+end
+"""
+
 
 class Event(NamedTuple):
     id: str

@@ -279,6 +279,7 @@ class Jobs:
             parameters=record.parameters,
             error=failure(record),
             attempts=record.attempts,
+            resumed_at_step=resumed_at_step(record),
             timings=timings(record),
             warnings=record.meta.get("warnings", []),
         )
@@ -495,6 +496,12 @@ def progress(record: Record) -> Progress | None:
     return None
 
 
+def resumed_at_step(record: Record) -> int | None:
+    """Where its present attempt went on, by its own word while it runs; then its last one."""
+    told = record.last.data if record.status == "running" and record.last else record.meta
+    return told.get("resumed_at_step")
+
+
 def remaining(record: Record) -> float | None:
     """Seconds a running generation still takes, if its next steps take as long as its last."""
     done = progress(record)
@@ -535,4 +542,9 @@ def seconds_for(ahead: int, paces: list[bytes], own: float = 0.0) -> float | Non
 
 
 def now() -> str:
-    return utcformat(datetime.now(UTC))
+    return moment(time.time())
+
+
+def moment(seconds: float) -> str:
+    """A time since the epoch as RQ writes it."""
+    return utcformat(datetime.fromtimestamp(seconds, UTC))

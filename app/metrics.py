@@ -32,6 +32,12 @@ BATCH_WIDTH = Gauge(
     multiprocess_mode="max",
 )
 STEPS = Counter("darkroom_steps", "Denoising steps of pictures", ["model"])
+STEPS_SAVED = Counter(
+    "darkroom_steps_saved", "Denoising steps taken over from a journal instead of repeated", ["model"]
+)
+JOURNAL_BYTES = Counter("darkroom_journal_bytes", "Written to journals")
+JOURNAL_DISCARDED = Counter("darkroom_journal_pages_discarded", "Pages of journals that did not fit, and were not used")
+TAKEN_OVER = Counter("darkroom_jobs_taken_over", "Generations whose worker died", ["model", "now"])
 IMAGES = Counter("darkroom_images", "Pictures stored", ["format"])
 RUNNING = Gauge("darkroom_jobs_running", "Generations that a worker holds", ["model"], multiprocess_mode="livesum")
 MODEL_LOAD = Gauge("darkroom_model_load_seconds", "Loading and warming up", ["model"], multiprocess_mode="max")

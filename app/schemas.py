@@ -111,6 +111,9 @@ class Generation(BaseModel):
     parameters: Parameters
     error: Failure | None = None
     attempts: int = Field(0, description="How many workers have begun it.")
+    resumed_at_step: int | None = Field(
+        None, description="The step at which the last of them went on with what another had drawn before it died."
+    )
     timings: dict[str, float] = Field(
         {}, description="Seconds: queued, running, encoding; and from submission to first_step and to drawn."
     )

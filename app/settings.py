@@ -61,10 +61,15 @@ class Settings(BaseSettings):
     max_queued: int = Field(1000, ge=1)  # per model; beyond it clients are told when to come back
     job_timeout: Duration = Field(timedelta(minutes=30), ge=SECOND)  # the longest a generation may run once started
     result_ttl: Duration = Field(timedelta(hours=1), ge=SECOND)  # clients poll for minutes
-    max_attempts: int = Field(3, ge=1)  # one for the request, two for workers that die under it
+    max_attempts: int = Field(3, ge=1)  # one for the request, two for workers that die drawing it alone
+    journal_interval: float = Field(2, ge=0)  # seconds of denoising that a kill may cost; 0: no journals
+    journal_mib: float = Field(
+        64, gt=0
+    )  # of a picture's journal; what comes later is not kept. Stable Diffusion: 500 steps
 
     # Workers
     lease: int = Field(30, ge=2)  # seconds without a sign of life until another takes over; more than the slowest step
+    stop_grace: float = Field(25, ge=0)  # seconds to finish in after SIGTERM, then handed over; orchestrators wait 30
     warm_bonus: float = Field(10, ge=0)  # seconds that a job may overtake one whose model must be loaded first
     max_rows: int = Field(0, ge=0)  # widest forward pass tried at warm-up; 0: the card's figure
     preview_size: int = Field(256, ge=16)  # longest side in pixels: enough to judge by, a few KiB to send

@@ -1,6 +1,7 @@
 """Blobs in a directory or in S3: the pictures that clients sent, the previews and the results."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -38,6 +39,11 @@ class BlobStore:
             FileNotFoundError: there is none.
         """
         return obstore.get(self.store, key).bytes().to_bytes()
+
+    def list(self, prefix: str) -> Iterator[str]:
+        """The keys of all blobs below `prefix`, a folder."""
+        for found in obstore.list(self.store, prefix, chunk_size=1000):
+            yield from (blob["path"] for blob in found)
 
     def delete(self, prefix: str) -> None:
         """Remove every blob below `prefix`, a folder: `a/b` covers `a/b/c` but not `a/bc`. None there is no error."""
@@ -88,6 +94,15 @@ def image_key(generation_id: str, index: int, output_format: OutputFormat) -> st
 def input_key(generation_id: str, field: str) -> str:
     """Where the picture that came in `field` is kept: always as a PNG, whatever it came as."""
     return f"{generation_folder(generation_id)}/inputs/{field}.png"
+
+
+def journal_folder(generation_id: str) -> str:
+    return f"{generation_folder(generation_id)}/journal"
+
+
+def page_key(generation_id: str, index: int, attempt: int, number: int) -> str:
+    """Of a page of a picture's journal. Sorted by name, they are sorted by attempt and by the first call they hold."""
+    return f"{journal_folder(generation_id)}/{index}/{attempt:03}-{number:05}"
 
 
 def preview_key(generation_id: str, index: int, step: int) -> str:

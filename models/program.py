@@ -29,6 +29,7 @@ class Net:
     buckets: tuple[int, ...] = ()  # row counts it may be run at, the rest is padding; none: any
     width: int = 16  # rows in one pass at most, unless one call alone has more
     reproducible_rows: int | None = None  # the exact lane's row count; none: the call runs alone, at its own
+    journaled: bool = False  # what it returns is worth keeping: not done again when another worker takes over
 
 
 @dataclass(slots=True)

@@ -44,7 +44,9 @@ class StableDiffusion:
         self.channels = pipeline.vae.config.latent_channels
         self.inpaints_by_blending = pipeline.unet.config.in_channels == self.channels
         buckets = tuple(bucket for bucket in BUCKETS if bucket <= card.max_rows)
-        self.denoiser = Net("denoise", self.denoise, buckets=buckets, reproducible_rows=card.reproducible_rows)
+        self.denoiser = Net(
+            "denoise", self.denoise, buckets=buckets, reproducible_rows=card.reproducible_rows, journaled=True
+        )
         self.text_encoder = Net("encode_text", self.encode_text, width=32)
         self.image_encoder = Net("encode_image", self.encode_image, width=1)
         self.decoder = Net("decode", self.decode, buckets=(1, 2, 4, 8), width=8)

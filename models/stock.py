@@ -101,7 +101,7 @@ def nets(pipeline: Any, card: ModelCard) -> dict[str, Net]:
     """The nets of a pipeline by the name of its component; the autoencoder's two directions are two nets."""
     buckets = tuple(bucket for bucket in BUCKETS if bucket <= card.max_rows)
     found = {
-        name: Net(name, module, NOT_PER_ROW, buckets, reproducible_rows=card.reproducible_rows)
+        name: Net(name, module, NOT_PER_ROW, buckets, reproducible_rows=card.reproducible_rows, journaled=True)
         for name in DENOISERS
         if (module := pipeline.components.get(name)) is not None
     }

@@ -8,9 +8,9 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,9 @@ import structlog
 from redis import Redis
 from redis.backoff import ExponentialBackoff
 from redis.retry import Retry
-from rq.intermediate_queue import IntermediateQueue
 from rq.job import Job
 from rq.results import Result
 from rq.serializers import JSONSerializer
-from rq.utils import now
 
 from app import events, jobs
 from app.jobs import PRIORITIES, Jobs, queue_name
@@ -33,8 +31,8 @@ from app.settings import Settings
 from app.storage import open_store
 from models.catalog import Catalog
 from workers import worker
+from workers.leases import Clock, Leases
 from workers.outcomes import Failed
-from workers.reporter import Reporter
 from workers.worker import EngineWorker
 
 OWNER = "ada"
@@ -45,6 +43,7 @@ DIARY = "lab:joins"  # a list of Join
 
 PROCESSES = multiprocessing.get_context("forkserver")  # a fork of what has imported everything, but for torch
 PROCESSES.set_forkserver_preload(["tests.lab", "pytest"])
+FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
 
 
 class Server(EmbeddedRedis):
@@ -101,15 +100,17 @@ class SleepingStudio:
     def is_warm(self, model: str) -> bool:
         return model in self.warm
 
-    def join(self, id: str, folder: str, parameters: Parameters) -> None:
+    def join(self, id: str, attempt: int, folder: str, parameters: Parameters) -> None:
         if "refuse" in parameters.metadata:
             raise ValueError("not with me")
-        attempt = self.diary.hincrby("lab:attempts", id, 1)
         self.drawn[id] = Drawn(parameters.num_inference_steps, parameters.metadata, attempt)
         self.diary.rpush(DIARY, json.dumps([id, self.name, len(self.drawn)]))
 
-    def leave(self, id: str) -> None:
+    def leave(self, id: str, ended: bool) -> None:
         self.drawn.pop(id, None)
+
+    def keep(self) -> None:
+        pass
 
     def step(self) -> Mapping[str, Any]:
         time.sleep(self.seconds)
@@ -117,6 +118,8 @@ class SleepingStudio:
             drawn.steps -= 1
             if drawn.attempt <= int(drawn.asked.get("break", 0)):
                 raise RuntimeError("CUDA error: device-side assert triggered")
+            if drawn.attempt <= int(drawn.asked.get("kill", 0)):
+                os.kill(os.getpid(), signal.SIGSEGV)
         return {id: outcome for id, drawn in self.drawn.items() if (outcome := self.outcome(id, drawn)) is not None}
 
     def outcome(self, id: str, drawn: Drawn) -> Any:
@@ -145,7 +148,9 @@ class Plan:
     warm: tuple[str, ...] = MODELS
     warm_bonus: float = 0
     dies_claiming: bool = False  # between its pop of a job and the claim
-    stuck_after: float = 1.0  # seconds until RQ thinks so of a job that was popped and not claimed; there, 60
+    clock: str = ""  # how wrong its clock is, as libfaketime understands it: "+300s"
+    stop_grace: float = 60
+    max_attempts: int = 5
 
 
 def run(plan: Plan) -> None:
@@ -157,25 +162,19 @@ def run(plan: Plan) -> None:
     structlog.configure(logger_factory=structlog.WriteLoggerFactory(sys.stderr), cache_logger_on_first_use=False)
     logging.disable(logging.INFO)
     worker.PULSE = plan.pulse
-    IntermediateQueue.should_be_cleaned_up = lambda self, id: (  # type: ignore[method-assign]
-        now() - (self.get_first_seen(id) or now()) > timedelta(seconds=plan.stuck_after)
-    )
     if plan.dies_claiming:
-        EngineWorker.claim = lambda *_: os._exit(9)
-    reporter = Reporter(connect(plan.url))
-    studio = SleepingStudio(connect(plan.url), plan.name, plan.slots, plan.step, plan.warm)
-    try:
-        EngineWorker(
-            MODELS,
-            studio=studio,
-            report=reporter.report,
-            connection=connect(plan.url),
-            lease=plan.lease,
-            warm_bonus=plan.warm_bonus,
-            name=plan.name,
-        ).work()
-    finally:
-        reporter.close()
+        Leases.claim = lambda *_: os._exit(9)
+    EngineWorker(
+        MODELS,
+        studio=SleepingStudio(connect(plan.url), plan.name, plan.slots, plan.step, plan.warm),
+        connection=connect(plan.url),
+        clock=Clock(),
+        lease=plan.lease,
+        max_attempts=plan.max_attempts,
+        warm_bonus=plan.warm_bonus,
+        stop_grace=plan.stop_grace,
+        name=plan.name,
+    ).work()
 
 
 def connect(url: str) -> "Redis":
@@ -208,8 +207,10 @@ class Lab:
         """A worker that has told Redis of itself."""
         name = plan.pop("name", f"w{len(self.workers)}")
         log = str(self.folder / f"{name}.log")
-        process = PROCESSES.Process(target=run, args=(Plan(self.server.url, name, log, **plan),), daemon=True)
-        process.start()
+        made = Plan(self.server.url, name, log, **plan)
+        with wrong_clock(made.clock) as context:
+            process = context.Process(target=run, args=(made,), daemon=True)
+            process.start()
         self.workers.append(process)
         until(lambda: self.connection.exists(f"rq:worker:{name}") or process.exitcode is not None)
         return process
@@ -217,7 +218,9 @@ class Lab:
     def put(self, count: int = 1, *, age: float = 0, owner: str = OWNER, **request: Any) -> list[str]:
         """Queue some; `steps` is short for `num_inference_steps`, and what the studio knows of is metadata."""
         steps = request.pop("steps", 5)
-        asked = {name: str(request.pop(name)) for name in ("break", "fail", "refuse", "crash") if name in request}
+        asked = {
+            name: str(request.pop(name)) for name in ("break", "fail", "kill", "refuse", "crash") if name in request
+        }
         wanted = {"model": "alpha", "prompt": "a cat", "num_inference_steps": min(100, steps), "metadata": asked}
         body = GenerationRequest(**(wanted | request))
         if not age:
@@ -290,6 +293,21 @@ class Lab:
 
     def logs(self) -> str:
         return "\n".join(path.read_text() for path in sorted(self.folder.glob("*.log")))
+
+
+@contextmanager
+def wrong_clock(shift: str) -> Generator[Any]:
+    """Where processes come from: those with a wrong clock are begun anew, with a library that lies to them."""
+    if not shift:
+        yield PROCESSES
+        return
+    own = dict(os.environ)
+    os.environ |= {"LD_PRELOAD": str(FAKETIME), "FAKETIME": shift}
+    try:
+        yield multiprocessing.get_context("spawn")
+    finally:
+        os.environ.clear()
+        os.environ |= own
 
 
 def until(

@@ -2,6 +2,7 @@
 
 import json
 import random
+import signal
 import sys
 import threading
 import time
@@ -21,7 +22,7 @@ from rq.suspension import resume, suspend
 from app import events
 from app.errors import NotCancelable
 from app.jobs import BELL
-from tests.lab import OWNER, Lab, Server, ended, freeze, thaw, until
+from tests.lab import FAKETIME, OWNER, Lab, Server, ended, freeze, thaw, until
 
 LONG = pytest.mark.long
 
@@ -263,39 +264,101 @@ def test_nothing_is_done_twice_by_workers_that_freeze_at_any_moment(lab: Lab):
     lab.audit(ids)
 
 
-@pytest.mark.parametrize("patience", [1.0, pytest.param(60.0, marks=LONG)])
-def test_a_job_whose_worker_dies_before_claiming_it_goes_back_to_the_queue(lab: Lab, patience: float):
-    lab.settings["max_attempts"] = 1  # it has not been attempted
-    lab.jobs = lab.with_settings()
+def test_a_job_whose_worker_dies_before_claiming_it_goes_back_to_the_queue(lab: Lab):
     ids = lab.put(2)
     for _ in ids:
         assert ended(lab.worker(dies_claiming=True)) == 9
     assert lab.left() == {"rq:queue:alpha.normal:intermediate": 2}
     lab.jobs.cancel(ids[0], OWNER)
-    lab.worker(stuck_after=patience)
-    lab.wait([ids[1]], seconds=patience + 30)
+    lab.worker()
+    lab.wait([ids[1]])
     until(lambda: not lab.left())
     assert lab.get(ids[0]).status == "canceled"
     assert lab.runs(ids) == {ids[0]: 0, ids[1]: 1}
-    assert lab.get(ids[1]).attempts == 1
+    assert lab.get(ids[1]).attempts == 1  # the other was none
 
 
-def test_a_job_abandoned_on_its_last_attempt_has_failed_and_says_so(lab: Lab):
-    lab.settings["max_attempts"] = 1
-    lab.jobs = lab.with_settings()
+def test_a_stopping_worker_hands_over_what_it_cannot_finish_in_time(lab: Lab):
+    worker = lab.worker(stop_grace=0.5)
+    slow, quick = lab.put(4, steps=100), lab.put(4, steps=40)
+    lab.wait_running(8)
+    worker.terminate()
+    assert ended(worker) == 0
+    assert lab.count(quick) == {"succeeded": 4}
+    assert lab.count(slow) == {"queued": 4}  # at once: no lease has to run out
+    lab.worker()
+    lab.wait(slow)
+    assert max(join.crowd for join in lab.joins()) == 8  # nobody is suspected of anything
+    lab.audit([*slow, *quick])
+
+
+# -- poison
+
+
+def test_what_a_killed_worker_held_is_drawn_alone_as_nobody_knows_who_killed_it(lab: Lab):
     killed = lab.worker()
-    (id,) = lab.put(steps=100)
-    lab.wait_running(1)
+    ids = lab.put(3, steps=50)
+    lab.wait_running(3)
     killed.kill()
     lab.worker()
+    lab.wait(ids)
+    assert [join.crowd for join in lab.joins()] == [1, 2, 3, 1, 1, 1]
+    lab.audit(ids)
+
+
+def test_a_request_that_kills_its_worker_fails_and_its_batch_mates_do_not_pay(lab: Lab):
+    ids = lab.put(2, steps=20)
+    (poison,) = lab.put(kill=99)
+    ids += lab.put(2, steps=20)
+    deaths = 0
+    while lab.count([poison]) != {"failed": 1}:
+        ended_with = ended(lab.worker(max_attempts=3), 10)
+        deaths += ended_with == -signal.SIGSEGV
+        if ended_with is None:
+            break
+    shown = lab.get(poison)
+    assert shown.status == "failed"
+    assert shown.error
+    assert shown.error.type == "worker-died"
+    assert shown.attempts == deaths == 3  # in company once, then alone twice
+    assert lab.results(poison) == ["FAILED"]
+    lab.wait(ids)
+    lab.audit(ids)
+
+
+def test_the_dead_say_when_they_are_forgotten(lab: Lab):
+    (id,) = lab.put(kill=99)
+    for _ in range(2):
+        assert ended(lab.worker(max_attempts=1)) == -signal.SIGSEGV
+    lab.worker(max_attempts=1)
     lab.wait([id], "failed")
-    error = lab.get(id).error
-    assert error
-    assert error.type == "abandoned"
-    lab.wait_events(id, ["queued", "running", "failed"])
+    lab.wait_events(id, ["queued", "running", "queued", "running", "failed"])
     kept = lab.jobs.settings.result_ttl.total_seconds()
     assert 0 < lab.connection.ttl(events.stream(id)) <= kept
     assert 0 < lab.connection.ttl(Job.key_for(id)) <= kept
+
+
+# -- clocks
+
+
+@pytest.mark.skipif(FAKETIME is None, reason="libfaketime is not installed")
+@pytest.mark.parametrize("shift", ["+300s", "-300s"])
+def test_a_worker_whose_clock_is_wrong_by_minutes_does_no_harm(lab: Lab, shift: str):
+    wrong = lab.worker(name="wrong", clock=shift)
+    right = lab.worker(name="right")
+    ids = lab.put(16, steps=100, expires_in=200)
+    lab.wait_running(16)
+    time.sleep(3)  # longer than a lease: who judges by a wrong clock has taken over by now, or has been
+    lab.wait(ids)
+    assert set(lab.runs(ids).values()) == {1}
+    assert {join.worker for join in lab.joins()} == {"wrong", "right"}
+    assert all(abs(lab.get(id).timings["queued"]) < 30 for id in ids)
+
+    dying = lab.put(8, steps=100)
+    lab.wait_running(8)
+    (right if {join.worker for join in lab.joins()[-8:]} == {"right"} else wrong).kill()
+    lab.wait(dying, seconds=60)
+    lab.audit([*ids, *dying])
 
 
 # -- generations that are not to go on

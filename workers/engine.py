@@ -5,7 +5,7 @@ therefore come and go between any two passes, and none waits for a whole batch t
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,11 +26,17 @@ class Canceled(Exception):
 
 @dataclass(eq=False)
 class Ticket:
-    """A program under way. `seat`, set in the exact lane, says which rows of a reproducible pass it always gets."""
+    """A program under way. `seat`, set in the exact lane, says which rows of a reproducible pass it always gets.
+
+    `past` holds what its nets returned before, by the number of the call: those are not called again.
+    """
 
     program: Program
     seat: int | None = None
+    past: Mapping[int, Any] = field(default_factory=dict[int, Any], repr=False)
     call: Call | None = None  # what it waits for; none once it is done
+    calls: int = 0  # made so far, the one it waits for included
+    replayed: int = 0  # of these, answered from the past
     at: tuple[int, int] | None = None  # the last denoising step begun, of how many
     estimate: Tensor | None = None
     result: Tensor | None = None
@@ -96,16 +102,28 @@ class Pass:
 
 
 class Engine:
-    def __init__(self, observe: Callable[[Pass], None] = lambda _: None):
+    """Args:
+    observe: is told of each pass.
+    note: is given what each call of a `journaled` net returned, before its program is.
+    """
+
+    def __init__(
+        self,
+        observe: Callable[[Pass], None] = lambda _: None,
+        note: Callable[[Ticket, Any], None] = lambda *_: None,
+    ):
         self.waiting: list[Waiting] = []  # in the order in which the calls came in
-        self.observe = observe
+        self.observe, self.note = observe, note
 
     def __bool__(self) -> bool:
         return bool(self.waiting)
 
-    def submit(self, program: Program, seat: int | None = None) -> Ticket:
-        """Run a program to its first call. What it raises there is the ticket's outcome, as later."""
-        ticket = Ticket(program, seat)
+    def submit(self, program: Program, seat: int | None = None, past: Mapping[int, Any] | None = None) -> Ticket:
+        """Run a program to its first call, or past those that `past` answers.
+
+        What it raises there is the ticket's outcome, as later.
+        """
+        ticket = Ticket(program, seat, past or {})
         self._resume(ticket, None)
         return ticket
 
@@ -123,6 +141,8 @@ class Engine:
         seating = together(self.waiting)
         self.waiting = [waiting for waiting in self.waiting if waiting not in seating.places]
         for waiting, outcome in self._run(seating):
+            if waiting.call.net.journaled and not isinstance(outcome, Exception):
+                self.note(waiting.ticket, outcome)
             self._resume(waiting.ticket, outcome)
         return [waiting.ticket for waiting in seating.places if waiting.ticket.done]
 
@@ -143,11 +163,16 @@ class Engine:
         return list(zip(seating.places, outcomes, strict=True))
 
     def _resume(self, ticket: Ticket, outcome: Any) -> None:
-        """Hand a program its rows, or what went wrong with them, and note what it wants next."""
+        """Hand a program its rows, or what went wrong with them, and remember what it wants next."""
         try:
             with torch.no_grad():
                 program = ticket.program
                 call = program.throw(outcome) if isinstance(outcome, Exception) else program.send(outcome)
+                ticket.calls += 1
+                while ticket.calls in ticket.past and call.net.journaled:
+                    call = program.send(ticket.past[ticket.calls])
+                    ticket.calls += 1
+                    ticket.replayed += 1
             columns = take_apart(call)
         except StopIteration as end:
             ticket.end(result=end.value)

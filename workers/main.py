@@ -23,6 +23,8 @@ from app.storage import open_store
 from models.catalog import Catalog, ModelCard
 from models.families import FAMILIES, Resident
 from models.loading import load_pipeline
+from workers.journal import Journal
+from workers.leases import Clock
 from workers.reporter import Reporter
 from workers.residency import MIB, Residency
 from workers.studio import Studio
@@ -49,14 +51,20 @@ def run(settings: Settings, redis_url: str) -> None:
         settings.pinned_models,
         settings.max_rows,
     )
-    studio = Studio(residency, open_store(settings.blobs), reporter, settings.preview_size)
+    blobs, clock = open_store(settings.blobs), Clock()
+    journal = None
+    if settings.journal_interval:
+        journal = Journal(blobs, torch.device(device), settings.journal_interval, settings.journal_mib * MIB)
+    studio = Studio(residency, blobs, journal, reporter, clock, settings.preview_size)
     worker = EngineWorker(
         catalog.names,
         studio=studio,
-        report=reporter.report,
         connection=connection,
+        clock=clock,
         lease=settings.lease,
+        max_attempts=settings.max_attempts,
         warm_bonus=settings.warm_bonus,
+        stop_grace=settings.stop_grace,
         name=f"{socket.gethostname()}.{os.getpid()}",
     )
     if settings.worker_port:

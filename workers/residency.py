@@ -13,6 +13,7 @@ from models.families import Resident
 from models.loading import resident_bytes
 from models.program import Net
 from workers.curve import Curve, warm_up
+from workers.journal import model_identity
 from workers.outcomes import ModelUnavailable
 from workers.threads import beside_the_engine
 
@@ -28,6 +29,7 @@ class Warm:
 
     resident: Resident
     curves: dict[Net, Curve]
+    identity: bytes  # of its weights and of the code that draws with them
     used: float = field(default_factory=time.monotonic)
 
     @property
@@ -122,7 +124,7 @@ class Residency:
             log.error("model_unavailable", model=model, exc_info=error)
             self.failed[model] = time.monotonic(), ModelUnavailable(f"{model} cannot be loaded: {error}")
             return None
-        self.warm[model] = warm = Warm(resident, curves)
+        self.warm[model] = warm = Warm(resident, curves, model_identity(resident.card, resident.pipeline))
         self._show_memory()
         took = time.perf_counter() - began
         metrics.MODEL_LOAD.labels(model).set(took)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import structlog
 from obstore.exceptions import BaseError as BlobStoreError
@@ -24,7 +24,10 @@ from app.schemas import Parameters
 from app.storage import BlobStore, image_key, input_key, preview_key
 from models.families import Resident
 from models.stable_diffusion import Inputs
+from workers import journal
 from workers.engine import Engine, Pass, Ticket
+from workers.journal import Journal, Outputs, Record
+from workers.leases import Clock
 from workers.outcomes import ModelUnavailable, NotFinite, NotStored
 from workers.reporter import Reporter
 from workers.residency import Residency, Warm
@@ -42,14 +45,20 @@ class Drawing:
     id: str
     folder: str
     parameters: Parameters
-    resident: Resident
-    inputs: Future[Inputs]
+    warm: Warm
+    inputs: Future[tuple[Inputs, list[Outputs]]]  # and what earlier attempts left of each picture
+    records: list[Record]  # the journal of each picture
     tickets: list[Ticket] = field(default_factory=list)
     stored: dict[int, Future[dict[str, Any]]] = field(default_factory=dict)
     step: int = 0
     first_step: float | None = None  # when it began, in seconds since the epoch, as all times here
     drawn: float | None = None  # when the last pass ended
     encoding: float = 0.0  # seconds, of all its pictures
+    resumed_at_step: int | None = None
+
+    @property
+    def resident(self) -> Resident:
+        return self.warm.resident
 
     @property
     def rows(self) -> int:
@@ -64,9 +73,18 @@ class Drawing:
 
 
 class Studio:
-    def __init__(self, residency: Residency, blobs: BlobStore, reporter: Reporter, preview_size: int):
-        self.residency, self.blobs, self.reporter, self.preview_size = residency, blobs, reporter, preview_size
-        self.engine = Engine(self._observe)
+    def __init__(
+        self,
+        residency: Residency,
+        blobs: BlobStore,
+        journal: Journal | None,
+        reporter: Reporter,
+        clock: Clock,
+        preview_size: int,
+    ):
+        self.residency, self.blobs, self.journal = residency, blobs, journal
+        self.reporter, self.clock, self.preview_size = reporter, clock, preview_size
+        self.engine = Engine(self._observe, self._note)
         self.drawings: dict[str, Drawing] = {}
         self.files = ThreadPoolExecutor(2, thread_name_prefix="files", initializer=beside_the_engine)
         self.touched: set[Drawing] = set()
@@ -93,8 +111,8 @@ class Studio:
         """Whether the first model is warm, or known not to be had."""
         return self.is_warm(models[0]) or self.residency.failure(models[0]) is not None
 
-    def join(self, id: str, folder: str, parameters: Parameters) -> None:
-        """Take a generation in.
+    def join(self, id: str, attempt: int, folder: str, parameters: Parameters) -> None:
+        """Take a generation in; go on with what earlier attempts left in its journal.
 
         Raises:
             ModelUnavailable: its model cannot be loaded here.
@@ -102,20 +120,31 @@ class Studio:
         warm = self.residency.get(parameters.model)
         if warm is None:
             raise self.residency.failure(parameters.model) or ModelUnavailable(f"{parameters.model} is not loaded")
-        needs_files = parameters.image is not None
-        inputs = self.files.submit(self._read, id, parameters) if needs_files else done(Inputs())
-        self.drawings[id] = drawing = Drawing(id, folder, parameters, warm.resident, inputs)
+        keys = [journal.identity(warm.identity, parameters, i) for i in range(parameters.n)]
+        records = [Record(id, i, attempt, key) for i, key in enumerate(keys)]
+        needs_files = parameters.image is not None or attempt > 1
+        inputs = self.files.submit(self._read, id, parameters, records) if needs_files else done((Inputs(), []))
+        self.drawings[id] = drawing = Drawing(id, folder, parameters, warm, inputs, records)
         cost = parameters.n * parameters.num_inference_steps * (2 if parameters.guidance_scale > 1 else 1)
         self.costs[parameters.model] = averaged(self.costs.get(parameters.model), cost)
         if not needs_files:
             self._begin(drawing)
 
-    def leave(self, id: str) -> None:
-        """Nobody wants it any more; its rows are free for the next pass."""
+    def leave(self, id: str, ended: bool) -> None:
+        """It no longer takes part here; its rows are free for the next pass. Has it ended, so has its journal."""
         if drawing := self.drawings.pop(id, None):
             for ticket in drawing.tickets:
                 self.of_ticket.pop(ticket, None)
                 self.engine.cancel(ticket)
+            if self.journal and ended:
+                self.files.submit(self.journal.drop, drawing.records).add_done_callback(log_failure)
+            elif self.journal:
+                self.journal.stop(drawing.records)
+
+    def keep(self) -> None:
+        """Store all that another worker needs in order to go on from here."""
+        if self.journal:
+            self.journal.write()
 
     def step(self) -> Mapping[str, Any]:
         """One pass of the engine or, if it has nothing to run, a wait for files. Returns what ended, and how."""
@@ -141,29 +170,46 @@ class Studio:
 
     def close(self) -> None:
         self.files.shutdown(wait=True)
+        if self.journal:
+            self.journal.close()
         self.residency.close()
 
     # -- a generation's way
 
-    def _read(self, id: str, parameters: Parameters) -> Inputs:
+    def _read(self, id: str, parameters: Parameters, records: list[Record]) -> tuple[Inputs, list[Outputs]]:
         def picture(field: str) -> Image.Image | None:
             if getattr(parameters, field) is None:
                 return None
             image = Image.open(io.BytesIO(self.blobs.open(input_key(id, field))))
             return image.resize((parameters.width, parameters.height), Image.Resampling.LANCZOS)
 
-        return Inputs(picture("image"), picture("mask"))
+        past = [self.journal.read(record) for record in records] if self.journal and records[0].attempt > 1 else []
+        return Inputs(picture("image"), picture("mask")), past
 
     def _begin(self, drawing: Drawing) -> None:
         r = drawing.parameters
+        inputs, past = drawing.inputs.result()
         for i in range(r.n):
             seed = r.seed + i
-            program = drawing.resident.draw(r, seed, drawing.inputs.result())
-            ticket = self.engine.submit(program, seat=seed if r.reproducible else None)
+            program = drawing.resident.draw(r, seed, inputs)
+            ticket = self.engine.submit(program, seed if r.reproducible else None, past[i] if past else None)
             drawing.tickets.append(ticket)
             self.of_ticket[ticket] = drawing
             if ticket.done:
                 self._drawn(ticket)
+        replayed = sum(ticket.replayed for ticket in drawing.tickets)
+        at = [ticket.at for ticket in drawing.tickets if ticket.at]
+        if replayed and at:
+            drawing.step, steps = min(at)
+            drawing.resumed_at_step = drawing.step
+            metrics.STEPS_SAVED.labels(r.model).inc(replayed)
+            log.info("resumed", generation=drawing.id, step=drawing.step, passes_saved=replayed)
+            self._tell(drawing, steps)
+
+    def _note(self, ticket: Ticket, outputs: Any) -> None:
+        """What a call of the denoiser returned: worth keeping."""
+        if self.journal and (drawing := self.of_ticket.get(ticket)):
+            self.journal.note(drawing.records[drawing.tickets.index(ticket)], ticket.calls, outputs)
 
     def _drawn(self, ticket: Ticket) -> None:
         drawing = self.of_ticket.pop(ticket)
@@ -172,7 +218,7 @@ class Studio:
         if ticket.result is not None:
             drawing.stored[index] = self.files.submit(self._store, drawing, index, ticket.result)
         if all(t.done for t in drawing.tickets):
-            drawing.drawn = time.time()
+            drawing.drawn = self.clock.time()
 
     def _store(self, drawing: Drawing, index: int, picture: Tensor) -> dict[str, Any]:
         """Encode and save one picture; what is kept of it in Redis."""
@@ -204,6 +250,7 @@ class Studio:
         return {
             "images": [drawing.stored[i].result() for i in range(drawing.parameters.n)],
             "steps": drawing.tickets[0].at[1] if drawing.tickets[0].at else None,
+            "resumed_at_step": drawing.resumed_at_step,
             "timings": timings(drawing),
             "warnings": drawing.resident.warnings(drawing.parameters),
         }
@@ -222,11 +269,15 @@ class Studio:
             step, steps = min(at, default=(0, 0))
             if step > drawing.step and drawing.id in self.drawings:
                 drawing.step = step
-                self.reporter.report(drawing.id, "progress", {"step": step, "steps": steps})
+                self._tell(drawing, steps)
                 every = drawing.parameters.preview_every
                 if every and step % every == 0 and step < steps:
                     self._preview(drawing, step, steps)
         self.touched.clear()
+
+    def _tell(self, drawing: Drawing, steps: int) -> None:
+        resumed = {} if drawing.resumed_at_step is None else {"resumed_at_step": drawing.resumed_at_step}
+        self.reporter.report(drawing.id, "progress", {"step": drawing.step, "steps": steps, **resumed})
 
     def _preview(self, drawing: Drawing, step: int, steps: int) -> None:
         for index, ticket in enumerate(drawing.tickets):
@@ -253,7 +304,7 @@ class Studio:
         resident = next(iter(drawings)).resident
         if done.net is resident.denoiser:
             for drawing in drawings:
-                drawing.first_step = drawing.first_step or time.time() - done.seconds
+                drawing.first_step = drawing.first_step or self.clock.time() - done.seconds
             model = resident.card.name
             metrics.BATCH_ROWS.labels(model).observe(done.rows)
             metrics.STEPS.labels(model).inc(done.calls)
@@ -264,16 +315,19 @@ class Studio:
         return sum(drawing.rows for drawing in self.drawings.values() if drawing.parameters.model == model)
 
 
-def done(inputs: Inputs) -> Future[Inputs]:
-    future = Future[Inputs]()
-    future.set_result(inputs)
+T = TypeVar("T")
+
+
+def done(result: T) -> Future[T]:
+    future = Future[T]()
+    future.set_result(result)
     return future
 
 
 def log_failure(future: Future[None]) -> None:
-    """A preview that fails is missing, and the picture goes on."""
+    """A preview that fails is missing, and the picture goes on; a journal that stays is swept with its generation."""
     if error := future.exception():
-        log.warning("preview_failed", exc_info=error)
+        log.warning("file_failed", exc_info=error)
 
 
 def not_stored(error: BaseException | None) -> Exception | None:
@@ -285,7 +339,7 @@ def not_stored(error: BaseException | None) -> Exception | None:
 
 def timings(drawing: Drawing) -> dict[str, float]:
     """Seconds from submission, which the id tells, to the first step and the end of the last pass; and of encoding."""
-    submitted, drawn = age_of(drawing.id), drawing.drawn or time.time()
+    submitted, drawn = age_of(drawing.id), drawing.drawn or 0.0
     first_step = (drawing.first_step or drawn) - submitted
     return {"first_step": first_step, "drawn": drawn - submitted, "encoding": drawing.encoding}
 

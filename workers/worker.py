@@ -4,10 +4,7 @@ RQ runs a job to its end before it looks at the queue again. An engine would rat
 steps: let generations in while there is room, step everybody once, let those that are done go. What a job *is*, and
 what becomes of it, stays with RQ: a running one is an ordinary `Execution` in the StartedJobRegistry.
 
-What keeps it honest is the lease. A seated job is ours exactly as long as its execution is in the StartedJobRegistry
-and the job says that it was started, by us. One of the two no longer holds once the job is canceled, deleted or judged
-abandoned, so "is it still ours?" answers every "may I go on?", and asking once more in the script that ends the job
-keeps it from ending twice. Clocks decide how soon a silent worker's jobs are taken over, never whose they are.
+What keeps it honest is the lease, see `workers/leases.py`: "is it still ours?" answers every "may I go on?".
 """
 
 import json
@@ -15,27 +12,27 @@ import time
 import traceback
 from collections.abc import Collection, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from datetime import timedelta
+from functools import partial
 from typing import Any, Protocol, cast
 
 import structlog
 from redis import Redis
 from redis.client import Pipeline
 from rq.command import handle_command, parse_payload
-from rq.executions import Execution
+from rq.exceptions import NoSuchJobError
 from rq.job import Job, JobStatus
+from rq.job_lifecycle import record_job_failure
 from rq.queue import Queue
-from rq.registry import StartedJobRegistry
 from rq.serializers import JSONSerializer
 from rq.suspension import WORKERS_SUSPENDED
-from rq.utils import now, utcformat
+from rq.utils import now, utcparse
 from rq.worker.base import BaseWorker, WorkerStatus
-from rq.worker_registration import register
+from rq.worker_registration import clean_worker_registry, register
 
 from app import events, metrics
-from app.jobs import BELL, PRIORITIES, Pace, age_of, atomically, pace_key, queue_name
+from app.jobs import BELL, PRIORITIES, Pace, age_of, atomically, moment, pace_key, queue_name
 from app.schemas import Parameters
+from workers.leases import Clock, Leases, Seat, Why, model_of
 from workers.outcomes import EngineBroke, Expired, Failed, Stopped, TimedOut
 
 log = structlog.get_logger()
@@ -44,51 +41,17 @@ PULSE = 1.0  # seconds between signs of life
 LOADING = 0.05  # seconds between two looks whether a model that jobs wait for has been loaded
 HEAD_START = {"high": 60.0, "normal": 0.0, "low": -60.0}  # seconds a priority is worth in the queue; so none starves
 
-# Ends a job if it is still ours, in one step, so that it cannot also be canceled, taken over or ended twice.
-# KEYS: registry of leases, job. ARGV: lease, worker's name, status, ended_at, meta, seconds to keep the job.
-END = """
-local job = redis.call('HMGET', KEYS[2], 'status', 'worker_name')
-if job[1] ~= 'started' or job[2] ~= ARGV[2] or not redis.call('ZSCORE', KEYS[1], ARGV[1]) then return 0 end
-redis.call('HSET', KEYS[2], 'status', ARGV[3], 'ended_at', ARGV[4], 'meta', ARGV[5])
-redis.call('EXPIRE', KEYS[2], ARGV[6])
-return 1
-"""
-
 
 class Studio(Protocol):
     """What the worker asks of whoever draws."""
 
     def admits(self, model: str) -> bool: ...  # could a generation of this model join right now?
     def is_warm(self, model: str) -> bool: ...  # is it loaded already?
-    def join(self, id: str, folder: str, parameters: Parameters) -> None: ...  # take part from the next step on
-    def leave(self, id: str) -> None: ...  # no longer wanted; its rows are free again
+    def join(self, id: str, attempt: int, folder: str, parameters: Parameters) -> None: ...  # from the next step on
+    def leave(self, id: str, ended: bool) -> None: ...  # no longer here; its rows are free again
     def step(self) -> Mapping[str, Any]: ...  # one step for all; {id: result or exception} of those that ended
+    def keep(self) -> None: ...  # all that another worker needs in order to go on from here
     def paces(self) -> Mapping[str, tuple[float, float]]: ...  # {model: (rows a second, rows a job)}
-
-
-class Report(Protocol):
-    def __call__(
-        self, generation: str, name: str, data: dict[str, Any] | None = None, ttl: timedelta = ...
-    ) -> None: ...
-
-
-@dataclass(eq=False)
-class Seat:
-    """A job that is ours."""
-
-    job: Job
-    queue: Queue
-    execution: Execution
-    deadline: float  # time.monotonic()
-    expires_at: float | None = None  # seconds since the epoch
-
-    @property
-    def model(self) -> str:
-        return model_of(self.queue)
-
-    @property
-    def leases(self) -> str:
-        return self.queue.started_job_registry.key
 
 
 class EngineWorker(BaseWorker):
@@ -97,10 +60,12 @@ class EngineWorker(BaseWorker):
         models: Collection[str],
         *,
         studio: Studio,
-        report: Report,
         connection: "Redis",
+        clock: Clock,
         lease: int,
+        max_attempts: int,
         warm_bonus: float,
+        stop_grace: float,
         name: str | None = None,
     ):
         names = [queue_name(model, priority) for model in models for priority in PRIORITIES]
@@ -108,21 +73,23 @@ class EngineWorker(BaseWorker):
             names,
             name=name,
             connection=connection,
-            exception_handlers=[self.notice],
             serializer=JSONSerializer,
             maintenance_interval=lease,
             worker_ttl=lease,
             log_job_description=False,
         )
-        self.studio, self.report, self.lease, self.warm_bonus = studio, report, lease, warm_bonus
+        self.studio, self.clock, self.lease = studio, clock, lease
+        self.warm_bonus, self.stop_grace = warm_bonus, stop_grace
+        self.leases = Leases(connection, self.name, lease, max_attempts, clock)
         self.seats: dict[str, Seat] = {}
         self.turns: list[Queue] = []  # those that had something when we last looked, in the order of their turn
         self.rung = True  # something may have come in since then
         self.stops: set[str] = set()  # filled by RQ's own thread
-        self.abandoned: list[Job] = []
+        self.strays: dict[str, dict[str, float]] = {}  # by queue: popped and not claimed, since we first looked
         self.admitting = True
         self.next_beat = 0.0
-        self.end_if_ours = connection.register_script(END)
+        self.away_until = 0.0  # time.monotonic() until which others may not have been able to renew their leases
+        self.stop_at: float | None = None  # time.monotonic() by which a stopping worker hands over what it has
         self.bell = connection.pubsub(ignore_subscribe_messages=True)
 
     def work(self, burst: bool = False, *_: Any, **__: Any) -> bool:
@@ -154,20 +121,28 @@ class EngineWorker(BaseWorker):
             word, _, id = cast(bytes, message["data"]).decode().partition(" ")
             if word == "queued":
                 self.rung = True
-            elif (seat := self.seats.get(id)) and not self.holds(seat)[0]:
+            elif (seat := self.seats.get(id)) and not self.leases.held([seat])[0]:
                 self.forget(seat)
             patience = 0.0
 
     def admit(self) -> None:
         """Seat jobs while there is room: the longest waiting first, but for priority and a bonus for warm models.
 
-        Asks Redis only if the bell has rung, or there is room for what waited when we last looked.
+        Asks Redis only if the bell has rung, or there is room for what waited when we last looked. Who is a suspect
+        gets no company: no more are admitted until it has been drawn.
         """
-        while self.rung or any(self.studio.admits(model_of(queue)) for queue in self.turns):
+        while not self.suspects and (self.rung or any(self.studio.admits(model_of(queue)) for queue in self.turns)):
             self.rung = False
             self.turns = self.look()
             if not any(self.take(queue) for queue in self.turns):
-                return
+                break
+        if len(self.seats) == 1 and (suspects := self.suspects) and not suspects[0].begun:
+            self.leases.mark_alone(suspects[0])
+            self.begin(suspects[0])
+
+    @property
+    def suspects(self) -> list[Seat]:
+        return [seat for seat in self.seats.values() if seat.suspect]
 
     def look(self) -> list[Queue]:
         """The queues that have something, by when their first job came in, moved by what it may overtake."""
@@ -190,39 +165,33 @@ class EngineWorker(BaseWorker):
         if found is None:
             return False
         job = found[0]
-        if execution := atomically(self.connection, lambda pipe: self.claim(job, queue, pipe), job.key):
-            self.seat(job, queue, execution)
+        if claim := self.leases.claim(job, queue):
+            deadline = time.monotonic() + cast(int, job.timeout)
+            self.seat(Seat(job, queue, claim.execution, claim.attempt, claim.suspect, deadline))
         return True
 
-    def claim(self, job: Job, queue: Queue, pipe: Pipeline) -> Execution | None:
-        """At once out of the intermediate queue, leased, started. None if it was canceled or claimed meanwhile."""
-        queued = pipe.hget(job.key, "status") == b"queued"
-        pipe.multi()
-        pipe.lrem(queue.intermediate_queue_key, 1, job.id)
-        if not queued:
-            return None
-        pipe.persist(job.key)
-        pipe.hincrby(job.key, "attempts", 1)
-        job.prepare_for_execution(self.name, pipe)
-        events.record(pipe, job.id, "running", {"status": "running"})
-        return Execution.create(job, self.lease, pipe, worker_name=self.name)
-
-    def seat(self, job: Job, queue: Queue, execution: Execution) -> None:
+    def seat(self, seat: Seat) -> None:
+        job = seat.job
         if job.id in self.seats:  # lost and queued again before we noticed
             self.forget(self.seats[job.id])
-        seat = Seat(job, queue, execution, deadline=time.monotonic() + cast(int, job.timeout))
-        self.executions[execution.id] = execution
+        self.executions[seat.execution.id] = seat.execution
         self.seats[job.id] = seat
         metrics.RUNNING.labels(seat.model).inc()
-        metrics.QUEUE_WAIT.labels(seat.model).observe(time.time() - job.created_at.timestamp())
-        log.info("running", generation=job.id, model=seat.model, worker=self.name)
+        metrics.QUEUE_WAIT.labels(seat.model).observe(self.clock.time() - job.created_at.timestamp())
+        log.info("running", generation=job.id, model=seat.model, worker=self.name, attempt=seat.attempt)
+        if not seat.suspect:
+            self.begin(seat)
+
+    def begin(self, seat: Seat) -> None:
+        """Let it take part."""
+        job, seat.begun = seat.job, True
         try:
             parameters = Parameters.model_validate(job.kwargs["parameters"])
             if parameters.expires_in is not None:
                 seat.expires_at = job.created_at.timestamp() + parameters.expires_in
-            if overdue(seat):
+            if self.overdue(seat):
                 raise Expired
-            self.studio.join(job.id, f"{job.id}/{execution.id[:8]}", parameters)
+            self.studio.join(job.id, seat.attempt, f"{job.id}/{seat.execution.id[:8]}", parameters)
         except Exception as error:
             self.settle(seat, error)
 
@@ -241,102 +210,83 @@ class EngineWorker(BaseWorker):
 
     def settle(self, seat: Seat, outcome: Any) -> None:
         """It no longer takes part: queued again or ended, unless it was canceled or taken over."""
-        self.vacate(seat)
-        again = isinstance(outcome, Failed) and outcome.again and seat.job.should_retry
-        if not (self.hand_back(seat, outcome) if again else self.end(seat, outcome)):
+        if isinstance(outcome, EngineBroke):
+            self.give_back(seat, "died")
+        elif isinstance(outcome, Failed) and outcome.again and seat.job.should_retry:
+            log.warning("tried_again", generation=seat.job.id, error=str(outcome))
+            self.give_back(seat, "unlucky")
+        elif not self.end(seat, outcome):
             self.forget(seat)
 
-    def hand_back(self, seat: Seat, error: Failed) -> bool:
-        """Queue the job again, in front. False if it is no longer ours."""
-        job, left = seat.job, seat.job.retries_left
-
-        def requeue(pipe: Pipeline) -> bool:
-            if not self.is_ours(*self.ask(pipe, seat)):
-                return False
-            pipe.multi()
-            seat.execution.delete(job, pipe)
-            job.retries_left = left  # `retry` counts it down, and this may run more than once
-            job.retry(seat.queue, pipe)
-            events.record(pipe, job.id, "queued", {"status": "queued"})
-            pipe.publish(BELL, "queued")
-            return True
-
-        again = atomically(self.connection, requeue, job.key)
-        log.warning("handed_back", generation=job.id, error=str(error), still_ours=again)
-        return again
+    def give_back(self, seat: Seat, why: Why) -> None:
+        """Queue the job again, in front; unless it has killed too many."""
+        self.vacate(seat)
+        now = self.leases.give_back(seat, why)
+        if now == "failed":
+            self.bury(seat.job, traceback.format_exc())
+        self.clear(seat)
+        log.warning("given_back", generation=seat.job.id, why=why, now=now)
 
     def end(self, seat: Seat, outcome: Any) -> bool:
         """Give the job's outcome to RQ. False if it is no longer ours."""
         job = seat.job
         meta, status = verdict(outcome)
         state = JobStatus.FINISHED if status == "succeeded" else JobStatus.FAILED
-        job.ended_at = now()
-        keep = cast(int, job.result_ttl)
-        ending = [state.value, utcformat(job.ended_at), json.dumps(meta), keep]
-        if not self.end_if_ours([seat.leases, job.key], [seat.execution.composite_key, self.name, *ending]):
+        keep = cast(int, job.result_ttl if status == "succeeded" else job.failure_ttl)
+        if not self.leases.end(seat, state.value, meta, keep, status):
             return False
+        self.vacate(seat, ended=True)
+        job.ended_at = utcparse(moment(self.clock.time()))
         if status == "succeeded":
             self.handle_job_success(job, seat.queue, seat.queue.started_job_registry, seat.execution)
         else:
             job.retries_left = 0
             self.handle_job_failure(job, seat.queue, exc_string=traceback_of(outcome), execution=seat.execution)
             log.warning(status, generation=job.id, error=str(outcome), exc_info=None if known(outcome) else outcome)
-        self.report(job.id, status, {"status": status}, timedelta(seconds=keep))
-        seconds = time.time() - job.created_at.timestamp()
+        seconds = self.clock.time() - job.created_at.timestamp()
         metrics.REQUESTS.labels(seat.model, status).inc()
         metrics.DURATION.labels(seat.model).observe(seconds)
         log.info(status, generation=job.id, seconds=round(seconds, 3))
         return True
 
-    def vacate(self, seat: Seat) -> None:
+    def vacate(self, seat: Seat, ended: bool = False) -> None:
         """It no longer takes part here."""
         del self.seats[seat.job.id]
         self.executions.pop(seat.execution.id, None)
-        self.studio.leave(seat.job.id)
+        self.studio.leave(seat.job.id, ended)
         metrics.RUNNING.labels(seat.model).dec()
 
     def forget(self, seat: Seat) -> None:
-        """It is no longer ours. RQ leaves the traces of the execution to us."""
+        """It is no longer ours."""
         if self.seats.get(seat.job.id) is seat:
             self.vacate(seat)
+        self.clear(seat)
+        log.info("let_go", generation=seat.job.id)
+
+    def clear(self, seat: Seat) -> None:
+        """RQ leaves the traces of an execution that it did not end to us."""
         with self.connection.pipeline() as pipe:
             seat.execution.delete(seat.job, pipe)
             pipe.execute()
-        log.info("let_go", generation=seat.job.id)
 
-    # -- the lease
-
-    def ask(self, pipe: Pipeline, seat: Seat) -> tuple[Any, Any]:
-        """What `is_ours` wants to know."""
-        return (
-            pipe.zscore(seat.leases, seat.execution.composite_key),
-            pipe.hmget(seat.job.key, "status", "worker_name"),
-        )
-
-    def is_ours(self, leased_until: float | None, job: list[bytes | None]) -> bool:
-        """Leased, started, and by us. A lease that has run out is ours until somebody acts on that."""
-        return leased_until is not None and job == [b"started", self.name.encode()]
-
-    def holds(self, *seats: Seat) -> list[bool]:
-        with self.connection.pipeline(transaction=False) as pipe:
-            for seat in seats:
-                self.ask(pipe, seat)
-            answers = pipe.execute()
-        return [self.is_ours(*asked) for asked in zip(answers[::2], answers[1::2], strict=True)]
+    # -- the beat
 
     def beat(self) -> None:
-        """Show that we live, renew our leases, let lost jobs go, and give RQ's upkeep its turn."""
-        if time.monotonic() < self.next_beat:
+        """Show that we live, renew our leases, let lost jobs go, and give upkeep its turn."""
+        now = time.monotonic()
+        if now < self.next_beat:
             return
+        if self.next_beat and now - self.next_beat > self.lease / 2:  # we slept, or Redis was away for everybody
+            self.away_until = now + self.lease
+        overdue_leases = self.show_life()
         self.next_beat = time.monotonic() + PULSE
         self.rung = True  # a ring is lost while the connection is
-        if self._stop_requested:
-            log.info("stopping", worker=self.name, in_flight=len(self.seats))
-        overdue_leases = self.show_life()
         self.renew()
-        metrics.HEARTBEAT.set_to_current_time()
+        metrics.HEARTBEAT.set(self.clock.time())
         if overdue_leases or self.should_run_maintenance_tasks:
-            self.upkeep()
+            self.run_maintenance_tasks()
+        if self._stop_requested:
+            self.hand_over()
 
     def show_life(self) -> bool:
         """Tell the others that we are here and how fast; learn whether any lease in our queues has run out."""
@@ -344,13 +294,15 @@ class EngineWorker(BaseWorker):
             self.heartbeat(self.lease, pipe)
             self.set_state(WorkerStatus.BUSY if self.seats else WorkerStatus.IDLE, pipe)
             for model, (rows_per_second, rows_per_job) in self.studio.paces().items():
-                pace = Pace(time.time() + self.lease, rows_per_second, rows_per_job)
+                pace = Pace(self.clock.time() + self.lease, rows_per_second, rows_per_job)
                 pipe.hset(pace_key(model), self.name, json.dumps(pace))
                 pipe.expire(pace_key(model), self.lease * 2)
             for queue in self.queues:
-                pipe.zcount(queue.started_job_registry.key, 0, int(time.time()))
+                pipe.zcount(queue.started_job_registry.key, 0, self.clock.time())
             pipe.exists(WORKERS_SUSPENDED)
-            created, *answers, suspended = pipe.execute()
+            pipe.time()
+            created, *answers, suspended, server_time = pipe.execute()
+        self.clock.set(server_time)
         self.admitting = not suspended
         if created:  # our hash had expired: a step took longer than a lease, or the process was stopped
             self.connection.hset(self.key, mapping=self.serialize())
@@ -358,62 +310,92 @@ class EngineWorker(BaseWorker):
         return any(answers[-len(self.queues) :])
 
     def renew(self) -> None:
-        seats = list(self.seats.values())
-        with self.connection.pipeline() as pipe:
-            for seat, held in zip(seats, self.holds(*seats), strict=True):
-                if not held:
-                    self.forget(seat)
-                elif overdue(seat):
-                    self.settle(seat, Expired())
-                elif time.monotonic() > seat.deadline:
-                    self.settle(seat, TimedOut(f"took longer than {seat.job.timeout} s"))
-                else:
-                    seat.execution.heartbeat(seat.queue.started_job_registry, self.lease, pipe)
-            pipe.execute()
+        seats, renewed = list(self.seats.values()), list[Seat]()
+        for seat, held in zip(seats, self.leases.held(seats), strict=True):
+            if not held:
+                self.forget(seat)
+            elif self.overdue(seat):
+                self.settle(seat, Expired())
+            elif time.monotonic() > seat.deadline:
+                self.settle(seat, TimedOut(f"took longer than {seat.job.timeout} s"))
+            else:
+                renewed.append(seat)
+        self.leases.renew(renewed)
 
-    def upkeep(self) -> None:
-        """RQ's: what dead workers held is queued again or has failed. Then tell those who follow it."""
-        with self.connection.pipeline(transaction=False) as pipe:
-            for queue in self.queues:  # RQ's lock on this lasts 15 minutes; who holds it may have died in it
-                pipe.expire(queue.registry_cleaning_key, self.lease, lt=True)
+    def overdue(self, seat: Seat) -> bool:
+        return seat.expires_at is not None and self.clock.time() > seat.expires_at
+
+    def hand_over(self) -> None:
+        """A stopping worker has so long to finish. What it has not, another goes on with, from this step."""
+        if self.stop_at is None:
+            self.stop_at = time.monotonic() + self.stop_grace
+            log.info("stopping", worker=self.name, in_flight=len(self.seats), grace=self.stop_grace)
+        if self.seats and time.monotonic() > self.stop_at:
+            self.studio.keep()
+            for seat in list(self.seats.values()):
+                self.give_back(seat, "stopping")
+
+    # -- upkeep: of what others left behind
+
+    def clean_registries(self) -> None:
+        """Ours instead of RQ's: by the server's clock, one transaction a job, and blame where it belongs."""
+        for queue in self.queues:
+            for registry in (queue.finished_job_registry, queue.failed_job_registry):
+                registry.cleanup(self.clock.time())
+            if time.monotonic() >= self.away_until and not self.server_was_away():
+                self.take_over(queue)
+            self.put_back_strays(queue)
+            clean_worker_registry(queue)
+        self.last_cleaned_at = now()
+
+    def server_was_away(self) -> bool:
+        """Whether it has been back for less than a lease: then nobody is late yet."""
+        return int(self.connection.info("server")["uptime_in_seconds"]) < self.lease
+
+    def take_over(self, queue: Queue) -> None:
+        """What dead workers held is queued again or, if it kills its workers, has failed."""
+        for execution in self.leases.run_out(queue):
+            try:
+                job = self.job_class.fetch(execution.job_id, self.connection, self.serializer)
+            except NoSuchJobError:
+                self.connection.zrem(queue.started_job_registry.key, execution.composite_key)
+                continue
+            execution.worker_name = job.worker_name or ""
+            now = self.leases.take_away(queue, execution, cast(int, job.failure_ttl))
+            if now == "failed":
+                self.bury(job, f"the worker process {job.worker_name} ended while it drew this alone")
+            if now in ("queued", "failed"):
+                metrics.TAKEN_OVER.labels(model_of(queue), now).inc()
+                log.warning("taken_over", generation=job.id, worker=job.worker_name, now=now)
+            if now != "held":
+                with self.connection.pipeline() as pipe:
+                    execution.delete(job, pipe)
+                    pipe.execute()
+
+    def bury(self, job: Job, reason: str) -> None:
+        """RQ's record of a job that failed otherwise than by an outcome of ours."""
+        with self.connection.pipeline() as pipe:
+            record_job_failure(job, reason, pipe)
             pipe.execute()
-        self.run_maintenance_tasks()
-        while self.abandoned:
-            job = self.abandoned.pop()
-            status = "queued" if job.get_status(refresh=False) == JobStatus.QUEUED else "failed"
-            keep = timedelta(seconds=cast(int, job.failure_ttl)) if status == "failed" else events.FORGOTTEN_AFTER
-            self.report(job.id, status, {"status": status}, keep)
-            log.warning("abandoned", generation=job.id, worker=job.worker_name, now=status)
-            if status == "failed":
-                metrics.REQUESTS.labels(job.origin.rpartition(".")[0], status).inc()
+        metrics.REQUESTS.labels(job.origin.rpartition(".")[0], "failed").inc()
+
+    def put_back_strays(self, queue: Queue) -> None:
+        """What a worker popped and died before it claimed it: in front again, if it is there for a lease."""
+        popped = [events.text(id) for id in self.connection.lrange(queue.intermediate_queue_key, 0, -1)]
+        seen, now = self.strays.get(queue.name, {}), time.monotonic()
+        self.strays[queue.name] = {id: seen.get(id, now) for id in popped}
+        for id, since in self.strays[queue.name].items():
+            if now - since > self.lease:
+                atomically(self.connection, partial(self.put_back, id, queue), Job.key_for(id))
+
+    def put_back(self, id: str, queue: Queue, pipe: Pipeline) -> None:
+        queued = pipe.hget(Job.key_for(id), "status") == b"queued"
+        pipe.multi()
+        pipe.lrem(queue.intermediate_queue_key, 0, id)
+        if queued:
+            pipe.lpush(queue.key, id)
 
     # -- where RQ takes for granted that a worker has one job, or may be interrupted anywhere
-
-    def notice(self, job: Job, *_: Any) -> None:
-        """RQ's upkeep says so of each job that was abandoned, before it acts."""
-        self.abandoned.append(job)
-
-    def handle_job_failure(
-        self,
-        job: Job,
-        queue: Queue,
-        started_job_registry: StartedJobRegistry | None = None,
-        exc_string: str = "",
-        execution: Execution | None = None,
-    ) -> None:
-        """RQ's upkeep also takes for a failure what was popped by a worker that died before it claimed it."""
-        if execution is None:
-            atomically(self.connection, lambda pipe: self.put_back(job, queue, pipe), job.key)
-        else:
-            super().handle_job_failure(job, queue, started_job_registry, exc_string, execution)
-
-    def put_back(self, job: Job, queue: Queue, pipe: Pipeline) -> None:
-        """Popped and never claimed: in front again, unless it was canceled meanwhile."""
-        queued = pipe.hget(job.key, "status") == b"queued"
-        pipe.multi()
-        pipe.lrem(queue.intermediate_queue_key, 0, job.id)
-        if queued:
-            pipe.lpush(queue.key, job.id)
 
     def get_heartbeat_ttl(self, job: Job, working_time: float = 0) -> int:
         return self.lease
@@ -442,14 +424,6 @@ class EngineWorker(BaseWorker):
                 pipe.hdel(pace_key(model), self.name)
             pipe.execute()
         super().teardown()
-
-
-def model_of(queue: Queue) -> str:
-    return queue.name.rpartition(".")[0]
-
-
-def overdue(seat: Seat) -> bool:
-    return seat.expires_at is not None and time.time() > seat.expires_at
 
 
 def known(outcome: Any) -> bool:
