@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any, Literal, NamedTuple, cast
 
 from redis import Redis
@@ -16,7 +17,7 @@ from redis.client import Pipeline
 from rq.executions import Execution
 from rq.job import Job
 from rq.queue import Queue
-from rq.utils import parse_composite_key
+from rq.utils import parse_composite_key, utcformat
 
 from app import events
 from app.jobs import BELL, Replies, atomically, moment
@@ -150,7 +151,8 @@ class Leases:
         pipe.persist(job.key)
         pipe.hincrby(job.key, "attempts", 1)
         job.prepare_for_execution(self.worker, pipe)
-        pipe.hset(job.key, "started_at", moment(self.clock.time()))
+        job.started_at = datetime.fromtimestamp(self.clock.time(), UTC)  # RQ writes it again at the end
+        pipe.hset(job.key, "started_at", utcformat(job.started_at))
         events.record(pipe, job.id, "running", {"status": "running"})
         execution = Execution.create(job, self.seconds, pipe, worker_name=self.worker)
         self._lease(pipe, queue.started_job_registry.key, execution)
