@@ -37,6 +37,7 @@ class Ticket:
     call: Call | None = None  # what it waits for; none once it is done
     calls: int = 0  # made so far, the one it waits for included
     replayed: int = 0  # of these, answered from the past
+    resumed_at: int = 0  # the step at which they came to an end
     at: tuple[int, int] | None = None  # the last denoising step begun, of how many
     estimate: Tensor | None = None
     result: Tensor | None = None
@@ -173,6 +174,7 @@ class Engine:
                     call = program.send(ticket.past[ticket.calls])
                     ticket.calls += 1
                     ticket.replayed += 1
+                    ticket.resumed_at = call.at[0] if call.at else 0
             columns = take_apart(call)
         except StopIteration as end:
             ticket.end(result=end.value)

@@ -204,7 +204,7 @@ class Leases:
     def run_out(self, queue: Queue) -> list[Execution]:
         """The executions whose leases nobody renewed."""
         entries = self.connection.zrangebyscore(queue.started_job_registry.key, 0, self.clock.time())
-        return [Execution.from_composite_key(events.text(entry), self.connection) for entry in entries]
+        return [Execution.from_composite_key(entry.decode(), self.connection) for entry in cast(list[bytes], entries)]
 
     def take_away(self, queue: Queue, execution: Execution, keep: int) -> str:
         """From a worker that let its lease run out: `queued`, `failed`, `held` if renewed just now, or `gone`."""

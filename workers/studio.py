@@ -54,7 +54,11 @@ class Drawing:
     first_step: float | None = None  # when it began, in seconds since the epoch, as all times here
     drawn: float | None = None  # when the last pass ended
     encoding: float = 0.0  # seconds, of all its pictures
-    resumed_at_step: int | None = None
+
+    @property
+    def resumed_at_step(self) -> int | None:
+        """Where its pictures went on, by the one that is furthest behind. None if all were begun anew."""
+        return min((ticket.resumed_at for ticket in self.tickets), default=0) or None
 
     @property
     def resident(self) -> Resident:
@@ -197,14 +201,6 @@ class Studio:
             self.of_ticket[ticket] = drawing
             if ticket.done:
                 self._drawn(ticket)
-        replayed = sum(ticket.replayed for ticket in drawing.tickets)
-        at = [ticket.at for ticket in drawing.tickets if ticket.at]
-        if replayed and at:
-            drawing.step, steps = min(at)
-            drawing.resumed_at_step = drawing.step
-            metrics.STEPS_SAVED.labels(r.model).inc(replayed)
-            log.info("resumed", generation=drawing.id, step=drawing.step, passes_saved=replayed)
-            self._tell(drawing, steps)
 
     def _note(self, ticket: Ticket, outputs: Any) -> None:
         """What a call of the denoiser returned: worth keeping."""
@@ -215,6 +211,9 @@ class Studio:
         drawing = self.of_ticket.pop(ticket)
         self.touched.add(drawing)
         index = drawing.tickets.index(ticket)
+        if ticket.replayed:
+            metrics.STEPS_SAVED.labels(drawing.parameters.model).inc(ticket.replayed)
+            log.info("resumed", generation=drawing.id, step=ticket.resumed_at, passes_saved=ticket.replayed)
         if ticket.result is not None:
             drawing.stored[index] = self.files.submit(self._store, drawing, index, ticket.result)
         if all(t.done for t in drawing.tickets):
@@ -265,19 +264,15 @@ class Studio:
 
     def _report(self) -> None:
         for drawing in self.touched:
-            at = [ticket.at for ticket in drawing.tickets if ticket.at]
-            step, steps = min(at, default=(0, 0))
+            step, steps = min((ticket.at for ticket in drawing.tickets if ticket.at), default=(0, 0))
             if step > drawing.step and drawing.id in self.drawings:
                 drawing.step = step
-                self._tell(drawing, steps)
+                resumed = {"resumed_at_step": at} if (at := drawing.resumed_at_step) else {}
+                self.reporter.report(drawing.id, "progress", {"step": step, "steps": steps, **resumed})
                 every = drawing.parameters.preview_every
                 if every and step % every == 0 and step < steps:
                     self._preview(drawing, step, steps)
         self.touched.clear()
-
-    def _tell(self, drawing: Drawing, steps: int) -> None:
-        resumed = {} if drawing.resumed_at_step is None else {"resumed_at_step": drawing.resumed_at_step}
-        self.reporter.report(drawing.id, "progress", {"step": drawing.step, "steps": steps, **resumed})
 
     def _preview(self, drawing: Drawing, step: int, steps: int) -> None:
         for index, ticket in enumerate(drawing.tickets):
