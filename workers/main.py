@@ -18,6 +18,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from app import metrics
+from app.retention import Sweeper
 from app.settings import Settings
 from app.storage import open_store
 from models.catalog import Catalog, ModelCard
@@ -44,6 +45,8 @@ def run(settings: Settings, redis_url: str) -> None:
     catalog = Catalog.read(settings.models, settings.cards_dir)
     connection = connect(redis_url)
     reporter = Reporter(connect(redis_url))
+    blobs, clock = open_store(settings.blobs), Clock()
+    sweeper = Sweeper(connect(redis_url), blobs, settings.result_ttl)
     residency = Residency(
         catalog,
         lambda card: resident(card, device),
@@ -51,7 +54,6 @@ def run(settings: Settings, redis_url: str) -> None:
         settings.pinned_models,
         settings.max_rows,
     )
-    blobs, clock = open_store(settings.blobs), Clock()
     journal = None
     if settings.journal_interval:
         journal = Journal(blobs, torch.device(device), settings.journal_interval, settings.journal_mib * MIB)
@@ -76,6 +78,7 @@ def run(settings: Settings, redis_url: str) -> None:
     try:
         worker.work()
     finally:
+        sweeper.close()
         studio.close()
         reporter.close()
         log.info("worker_ends")
