@@ -159,6 +159,39 @@ def generate(
 
 
 @cli.command()
+def dead(
+    requeue: Annotated[str | None, typer.Option(metavar="ID", help="Queue this one again.")] = None,
+    traceback: Annotated[str | None, typer.Option(metavar="ID", help="Show what its worker saw.")] = None,
+) -> None:
+    """List the generations that failed, of all owners; REDIS_URL says where the queue is."""
+    from redis import Redis
+
+    from app import dead_letters
+    from app.errors import ServiceError
+    from models.catalog import Catalog
+
+    settings = read_settings()
+    check_cards(settings)
+    out = Console()
+    with Redis.from_url(required_redis(settings)) as connection:
+        try:
+            if requeue:
+                dead_letters.requeue(connection, requeue)
+                out.print(f"{requeue} is queued again", highlight=False)
+            elif traceback:
+                out.print(dead_letters.traceback(connection, traceback), highlight=False, markup=False)
+            else:
+                table = Table("id", "failed at", "model", "owner", "attempts", "reason")
+                for letter in dead_letters.dead_letters(connection, Catalog.read(settings.models, settings.cards_dir)):
+                    failed_at = f"{letter.failed_at:%Y-%m-%d %H:%M:%S}" if letter.failed_at else ""
+                    reason = f"{letter.error.type}: {letter.error.detail}"
+                    table.add_row(letter.id, failed_at, letter.model, letter.owner, str(letter.attempts), reason)
+                out.print(table)
+        except ServiceError as error:
+            raise SystemExit(str(error)) from None
+
+
+@cli.command()
 def models() -> None:
     """List the models that there are cards for."""
     from models.catalog import CARDS, read_cards

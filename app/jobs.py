@@ -244,19 +244,10 @@ class Jobs:
         return self._show(id, record)
 
     def record(self, id: str, owner: str) -> Record:
-        record = next(self._read([id])) if is_id(id) else None
+        record = next(read_records(self.connection, [id])) if is_id(id) else None
         if record is None or record.owner != owner:
             raise NotFound(f"there is no generation {id[:64]!r}; results are kept for {self.settings.result_ttl}")
         return record
-
-    def _read(self, ids: list[str]) -> Iterator[Record | None]:
-        with self.connection.pipeline(transaction=False) as pipe:
-            for id in ids:
-                pipe.hmget(Job.key_for(id), FIELDS)
-                events.latest(pipe, id)
-            answers = pipe.execute()
-        for fields, last in zip(answers[::2], answers[1::2], strict=True):
-            yield parse_record(fields, events.parse(last))
 
     def _show(self, id: str, record: Record) -> Generation:
         position, eta = None, None
@@ -328,7 +319,7 @@ class Jobs:
         key, bound = index_key(owner), f"({before}" if before else "+"
         while ids := self.connection.zrevrangebylex(key, bound, "-", start=0, num=100):
             ids = [events.text(id) for id in ids]
-            for id, record in zip(ids, self._read(ids), strict=True):
+            for id, record in zip(ids, read_records(self.connection, ids), strict=True):
                 if record is None:
                     self.connection.zrem(key, id)
                 else:
@@ -452,6 +443,16 @@ def complete(request: GenerationRequest, card: ModelCard, pictures: dict[str, by
         strength=strength,
         **{field: f"sha256:{hashlib.sha256(png).hexdigest()}" for field, png in pictures.items()},
     )
+
+
+def read_records(connection: "Redis", ids: list[str]) -> Iterator[Record | None]:
+    with connection.pipeline(transaction=False) as pipe:
+        for id in ids:
+            pipe.hmget(Job.key_for(id), FIELDS)
+            events.latest(pipe, id)
+        answers = pipe.execute()
+    for fields, last in zip(answers[::2], answers[1::2], strict=True):
+        yield parse_record(fields, events.parse(last))
 
 
 def parse_record(fields: Replies, last: list[events.Event]) -> Record | None:

@@ -237,7 +237,7 @@ class Lab:
     def statuses(self, ids: Iterable[str]) -> dict[str, str]:
         """As Redis has them now: unlike `fetch`, this ends nothing that is overdue."""
         ids = list(ids)
-        records = self.jobs._read(ids)
+        records = jobs.read_records(self.connection, ids)
         return {id: record.status if record else "gone" for id, record in zip(ids, records, strict=True)}
 
     def count(self, ids: Iterable[str]) -> Counter[str]:
