@@ -63,9 +63,7 @@ class Settings(BaseSettings):
     result_ttl: Duration = Field(timedelta(hours=1), ge=SECOND)  # clients poll for minutes
     max_attempts: int = Field(3, ge=1)  # one for the request, two for workers that die drawing it alone
     journal_interval: float = Field(2, ge=0)  # seconds of denoising that a kill may cost; 0: no journals
-    journal_mib: float = Field(
-        64, gt=0
-    )  # of a picture's journal; what comes later is not kept. Stable Diffusion: 500 steps
+    journal_mib: float = Field(64, gt=0)  # of a picture's journal; then no more is kept. Stable Diffusion: 500 steps
 
     # Workers
     lease: int = Field(30, ge=2)  # seconds without a sign of life until another takes over; more than the slowest step

@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from functools import partial
+from itertools import product
 from typing import Any, Protocol, cast
 
 import structlog
@@ -25,12 +26,12 @@ from rq.job_lifecycle import record_job_failure
 from rq.queue import Queue
 from rq.serializers import JSONSerializer
 from rq.suspension import WORKERS_SUSPENDED
-from rq.utils import now, utcparse
+from rq.utils import now
 from rq.worker.base import BaseWorker, WorkerStatus
 from rq.worker_registration import clean_worker_registry, register
 
 from app import events, metrics
-from app.jobs import BELL, PRIORITIES, Pace, age_of, atomically, moment, pace_key, queue_name
+from app.jobs import BELL, PRIORITIES, Pace, age_of, atomically, pace_key, queue_name
 from app.schemas import Parameters
 from workers.leases import Clock, Leases, Seat, Why, model_of
 from workers.outcomes import EngineBroke, Expired, Failed, Stopped, TimedOut
@@ -91,6 +92,8 @@ class EngineWorker(BaseWorker):
         self.away_until = 0.0  # time.monotonic() until which others may not have been able to renew their leases
         self.stop_at: float | None = None  # time.monotonic() by which a stopping worker hands over what it has
         self.bell = connection.pubsub(ignore_subscribe_messages=True)
+        for model, now in product(models, ("queued", "failed")):
+            metrics.TAKEN_OVER.labels(model, now)  # an alert on an increase needs the zero before it
 
     def work(self, burst: bool = False, *_: Any, **__: Any) -> bool:
         self._install_signal_handlers()
@@ -236,7 +239,6 @@ class EngineWorker(BaseWorker):
         if not self.leases.end(seat, state.value, meta, keep, status):
             return False
         self.vacate(seat, ended=True)
-        job.ended_at = utcparse(moment(self.clock.time()))
         if status == "succeeded":
             self.handle_job_success(job, seat.queue, seat.queue.started_job_registry, seat.execution)
         else:
