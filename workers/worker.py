@@ -92,8 +92,8 @@ class EngineWorker(BaseWorker):
         self.away_until = 0.0  # time.monotonic() until which others may not have been able to renew their leases
         self.stop_at: float | None = None  # time.monotonic() by which a stopping worker hands over what it has
         self.bell = connection.pubsub(ignore_subscribe_messages=True)
-        for model, now in product(models, ("queued", "failed")):
-            metrics.TAKEN_OVER.labels(model, now)  # an alert on an increase needs the zero before it
+        for model, standing in product(models, ("queued", "failed")):
+            metrics.TAKEN_OVER.labels(model, standing)  # an alert on an increase needs the zero before it
 
     def work(self, burst: bool = False, *_: Any, **__: Any) -> bool:
         self._install_signal_handlers()
