@@ -102,7 +102,7 @@ class Studio:
         """Whether a generation of this model could join now; if its model is cold, bring that in."""
         self.residency.arrived()
         if warm := self.residency.get(model):
-            return self._rows(model) < warm.width
+            return self._rows(model) < self.engine.width(warm.resident.denoiser)
         if self.residency.failure(model):
             return True  # to be told so
         self.residency.want(model, busy={drawing.parameters.model for drawing in self.drawings.values()})
@@ -303,7 +303,8 @@ class Studio:
             model = resident.card.name
             metrics.BATCH_ROWS.labels(model).observe(done.rows)
             metrics.STEPS.labels(model).inc(done.calls)
-            if done.rows >= done.net.width:  # a full pass: what the pace of a busy worker is made of
+            metrics.BATCH_WIDTH.labels(model).set(width := self.engine.width(done.net))
+            if done.rows >= width:  # a full pass: what the pace of a busy worker is made of
                 self.speeds[model] = averaged(self.speeds.get(model), done.rows / done.seconds)
 
     def _rows(self, model: str) -> int:
