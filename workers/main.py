@@ -29,6 +29,7 @@ from workers.outcomes import ModelUnavailable
 from workers.reporter import Reporter
 from workers.residency import MIB, Residency
 from workers.studio import Studio
+from workers.watchdog import Watchdog
 from workers.worker import EngineWorker
 
 log = structlog.get_logger()
@@ -69,7 +70,8 @@ def serve(settings: Settings, connection: "Redis", for_reports: "Redis") -> None
     journal = None
     if settings.journal_interval:
         journal = Journal(blobs, torch.device(device), settings.journal_interval, settings.journal_mib * MIB)
-    studio = Studio(residency, blobs, journal, reporter, clock, settings.preview_size)
+    watchdog = Watchdog(settings.step_timeout, settings.lease)
+    studio = Studio(residency, blobs, journal, reporter, clock, settings.preview_size, watchdog)
     worker = EngineWorker(
         catalog.names,
         studio=studio,
