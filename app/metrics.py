@@ -27,10 +27,11 @@ BATCH_ROWS = Histogram(
 )
 BATCH_WIDTH = Gauge(
     "darkroom_batch_width_rows",
-    "Rows a pass may have, from the curve measured at warm-up",
+    "Rows a pass may have, from the curve measured at warm-up; fewer for a while after the device ran out of memory",
     ["model"],
     multiprocess_mode="max",
 )
+OUT_OF_MEMORY = Counter("darkroom_out_of_memory", "Passes of a net that the device had no memory for", ["net"])
 STEPS = Counter("darkroom_steps", "Denoising steps of pictures", ["model"])
 STEPS_SAVED = Counter(
     "darkroom_steps_saved", "Denoising steps taken over from a journal instead of repeated", ["model"]

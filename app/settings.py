@@ -39,6 +39,7 @@ class Settings(BaseSettings):
     redis_url: str | None = Field(None, validation_alias="REDIS_URL")  # none: an embedded Valkey: `up` needs no server
     data_dir: Path = Path("data")  # the embedded server's files, the default blob store and the metrics' files
     blob_url: str | None = None  # none: `<data_dir>/blobs`; `s3://bucket/prefix` when there is more than one machine
+    fsync: str = Field("everysec", pattern="^(everysec|always)$")  # only a crash of the machine may lose a second
     cards_dir: DirectoryPath | None = None  # more model cards (*.toml), for models of your own
 
     # What is served
@@ -68,6 +69,7 @@ class Settings(BaseSettings):
     # Workers
     lease: int = Field(30, ge=2)  # seconds without a sign of life until another takes over; more than the slowest step
     stop_grace: float = Field(25, ge=0)  # seconds to finish in after SIGTERM, then handed over; orchestrators wait 30
+    step_timeout: float = Field(0, ge=0)  # seconds after which a pass hangs; 0: from the slowest measured, 60 or more
     warm_bonus: float = Field(10, ge=0)  # seconds that a job may overtake one whose model must be loaded first
     max_rows: int = Field(0, ge=0)  # widest forward pass tried at warm-up; 0: the card's figure
     preview_size: int = Field(256, ge=16)  # longest side in pixels: enough to judge by, a few KiB to send

@@ -17,8 +17,6 @@ from typing import Any
 
 import structlog
 from redis import Redis
-from redis.backoff import ExponentialBackoff
-from redis.retry import Retry
 from rq.job import Job
 from rq.results import Result
 from rq.serializers import JSONSerializer
@@ -31,6 +29,7 @@ from app.settings import Settings
 from app.storage import open_store
 from models.catalog import Catalog
 from workers import worker
+from workers.connection import connect
 from workers.leases import Clock, Leases
 from workers.outcomes import Failed
 from workers.worker import EngineWorker
@@ -175,11 +174,6 @@ def run(plan: Plan) -> None:
         stop_grace=plan.stop_grace,
         name=plan.name,
     ).work()
-
-
-def connect(url: str) -> "Redis":
-    """As workers.main does, which imports torch."""
-    return Redis.from_url(url, retry=Retry(ExponentialBackoff(cap=1, base=0.05), 60), socket_connect_timeout=2)
 
 
 @dataclass

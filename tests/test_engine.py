@@ -1,6 +1,8 @@
 """The engine alone: who shares a pass, which rows, and what becomes of those that fail."""
 
 import math
+import time
+import weakref
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -13,7 +15,10 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor
 
 from models.program import Call, Net
-from workers.engine import Canceled, Engine, Pass, Ticket, take_apart
+from models.stable_diffusion import Inputs, StableDiffusion
+from tests.test_stable_diffusion import asked, shipped  # noqa: F401
+from workers.engine import NARROW_FOR, Canceled, Engine, Pass, Ticket, take_apart
+from workers.outcomes import OutOfMemory
 
 
 @dataclass
@@ -292,15 +297,122 @@ def test_each_of_several_culprits_gets_an_error_of_its_own():
     assert len({id(ticket.error) for ticket in tickets}) == 4
 
 
-def test_a_pass_too_large_for_the_device_is_done_in_smaller_ones():
-    def net_run(x: Tensor) -> Tensor:
-        if len(x) > 4:
-            raise torch.OutOfMemoryError("too many rows")
-        return x * 2
+# -- out of memory
 
-    net = Net("large", net_run, buckets=(1, 2, 4, 8, 16))
+
+def test_a_pass_too_large_for_the_device_is_done_in_smaller_ones():
+    net = short_of_memory(4)
     tickets = drawn([asking(net, x=torch.ones(1, 1)) for _ in range(12)])
     assert [ticket.result.item() for ticket in tickets] == [2.0] * 12
+    assert net.run.passes == [16, 8, 4, 4, 8, 4, 4]
+
+
+def test_after_that_passes_are_narrower_for_a_while_and_then_as_wide_as_before(monkeypatch: pytest.MonkeyPatch):
+    net = short_of_memory(4)
+    engine = Engine()
+    tickets = [engine.submit(counting(net, 4)) for _ in range(8)]
+    engine.step()
+    assert engine.width(net) == 4
+    assert net.width == 16
+    net.run.passes.clear()
+    engine.step()
+    assert net.run.passes == [4]
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + NARROW_FOR)
+    assert engine.width(net) == 16
+    run_out(engine)
+    assert [ticket.result for ticket in tickets] == [16.0] * 8
+
+
+def test_a_net_that_is_short_of_memory_does_not_make_others_narrow():
+    short, other = short_of_memory(1), recording()
+    engine = Engine()
+    for net in (short, other):
+        for _ in range(4):
+            engine.submit(counting(net, 2))
+    run_out(engine)
+    assert engine.width(short) == 1
+    assert engine.width(other) == other.width
+    assert other.run.rows == [4, 4]
+
+
+@pytest.mark.parametrize("seat", [None, 0], ids=["default", "exact"])
+def test_what_does_not_fit_alone_fails_with_what_it_needed(seat: int | None):
+    net = short_of_memory(1, reproducible_rows=2)
+    engine = Engine()
+    ticket = engine.submit(asking(net, x=torch.ones(2, 4, 16, 8), t=torch.ones(2)), seat)
+    engine.step()
+    assert isinstance(ticket.error, OutOfMemory)
+    assert str(ticket.error) == "large does not fit into memory with 2 rows of 4×16×8: Tried to allocate 2.00 GiB"
+    assert engine.width(net) == net.width  # narrower passes would not let it in
+
+
+def test_exact_calls_keep_their_seats_however_short_memory_is():
+    """An exact pass has always as many rows. That half of its calls fit where all do not is a matter of luck."""
+    net = recording(reproducible_rows=8)
+    run, tries = net.run, iter([True, False, False])
+
+    def net_run(x: Tensor) -> Tensor:
+        if next(tries):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return run(x=x)
+
+    net.run = net_run
+    engine = Engine()
+    seats = {6: 60.0, 1: 10.0}
+    tickets = [engine.submit(asking(net, x=torch.full((1, 1), value)), seat) for seat, value in seats.items()]
+    assert engine.step() == tickets
+    assert [ticket.result.item() for ticket in tickets] == [120.0, 20.0]
+    assert [args["x"].flatten().tolist() for args in run.seen] == [[0] * 6 + [60.0, 0], [0, 10.0] + [0] * 6]
+
+
+def test_the_memory_of_a_failed_pass_is_free_before_it_is_tried_again():
+    alive, others = weakref.WeakSet[Any](), list[int]()
+
+    def net_run(x: Tensor) -> Tensor:
+        others.append(len(alive))
+        activations = x + 1
+        alive.add(activations)
+        if len(x) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return x
+
+    net = Net("large", net_run)
+    drawn([asking(net, x=torch.ones(1, 1)) for _ in range(8)])
+    assert others == [0] * 15
+
+
+@pytest.mark.parametrize("bytes", [10**15, 10**17])
+def test_the_cpu_has_words_of_its_own_for_it(bytes: int):
+    net = Net("large", lambda x: torch.empty(bytes, dtype=torch.uint8))
+    (ticket,) = drawn([asking(net, x=X)])
+    assert isinstance(ticket.error, OutOfMemory)
+    assert str(ticket.error).endswith(f"tried to allocate {bytes} bytes")
+
+
+def test_pictures_are_the_same_when_memory_is_short(shipped: StableDiffusion):  # noqa: F811
+    requests = [asked(num_inference_steps=3, seed=seed, width=64, height=64) for seed in range(4)]
+    programs = [shipped.draw(r, r.seed, Inputs()) for r in requests]
+    alone = [drawn([shipped.draw(r, r.seed, Inputs())])[0].result for r in requests]
+    whole, tries = shipped.denoiser.run, list[int]()
+
+    def net_run(sample: Tensor, **others: Any) -> Any:
+        tries.append(len(sample))
+        if len(sample) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB. GPU 0 has a total capacity")
+        return whole(sample=sample, **others)
+
+    shipped.denoiser.run = net_run
+    try:
+        crowd = drawn(programs)
+    finally:
+        shipped.denoiser.run = whole
+    assert tries[0] == 8
+    assert max(tries[-4:]) == 4  # no more than it has room for
+    assert all(torch.allclose(a, b.result, atol=1e-4) for a, b in zip(alone, crowd, strict=True))
+
+
+# -- programs that go wrong
 
 
 def test_a_program_that_raises_leaves_its_neighbours_running():
@@ -542,6 +654,20 @@ def failing_on(value: float) -> Any:
     passes = list[int]()
     run.passes = passes
     return Net("picky", run)
+
+
+def short_of_memory(rows: int, **policy: Any) -> Any:
+    """A net on a device that has no room for more rows."""
+
+    def run(x: Tensor, **_: Any) -> Tensor:
+        passes.append(len(x))
+        if len(x) > rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity")
+        return x * 2
+
+    passes = list[int]()
+    run.passes = passes
+    return Net("large", run, buckets=(1, 2, 4, 8, 16), **policy)
 
 
 def asking(net: Net, **args: Any) -> Generator[Call, Any, Any]:

@@ -58,6 +58,8 @@ def test_variables_of_others_do_not_matter():
         ("LEASE", "2.5"),
         ("LOG_LEVEL", "INFO"),
         ("LOG_FORMAT", "xml"),
+        ("FSYNC", "no"),
+        ("STEP_TIMEOUT", "-1"),
     ],
 )
 def test_a_wrong_value_stops_the_start_and_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str):
@@ -109,6 +111,7 @@ def test_names_and_keys_are_lists_with_commas(monkeypatch: pytest.MonkeyPatch):
 EVERY_KIND: dict[str, Any] = {
     "data_dir": Path("elsewhere"),
     "blob_url": "s3://bucket/prefix",
+    "fsync": "always",
     "cards_dir": Path(__file__).parent,
     "models": ("emoji-sd", "sdxl"),
     "pinned_models": ("sdxl",),
@@ -130,6 +133,7 @@ EVERY_KIND: dict[str, Any] = {
     "result_ttl": timedelta(seconds=1),
     "max_attempts": 1,
     "lease": 2,
+    "step_timeout": 2.0,
     "warm_bonus": 0.0,
     "max_rows": 4,
     "preview_size": 16,

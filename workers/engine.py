@@ -4,20 +4,32 @@ Each `step()` runs one forward pass: the call that has waited longest and every 
 therefore come and go between any two passes, and none waits for a whole batch to end.
 """
 
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import structlog
 import torch
 from torch import Tensor
 from torch.utils import _pytree as torch_pytree  # knows tuples, dicts, and the outputs of diffusers and transformers
 
+from app import metrics
 from models.program import Call, Net, Program
+from workers.outcomes import OutOfMemory
 
 log = structlog.get_logger()
+
+NARROW_FOR = 60.0  # seconds: what else fills the device comes and goes in minutes, and trying costs a pass
+NO_MEMORY = (  # what is no torch.OutOfMemoryError, and means it: allocators of the CPU, of CUDA's runtime, of cuBLAS
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 
 
 class Canceled(Exception):
@@ -115,9 +127,15 @@ class Engine:
     ):
         self.waiting: list[Waiting] = []  # in the order in which the calls came in
         self.observe, self.note = observe, note
+        self.narrow = WeakKeyDictionary[Net, tuple[float, int]]()  # until when, and how many rows
 
     def __bool__(self) -> bool:
         return bool(self.waiting)
+
+    def width(self, net: Net) -> int:
+        """Rows that a pass of the net may have at present: fewer for a while after it ran out of memory."""
+        until, rows = self.narrow.get(net, (0.0, net.width))
+        return min(rows, net.width) if time.monotonic() < until else net.width
 
     def submit(self, program: Program, seat: int | None = None, past: Mapping[int, Any] | None = None) -> Ticket:
         """Run a program to its first call, or past those that `past` answers.
@@ -139,7 +157,7 @@ class Engine:
         """One forward pass. Returns the tickets that are done with it."""
         if not self.waiting:
             return []
-        seating = together(self.waiting)
+        seating = together(self.waiting, self.width)
         self.waiting = [waiting for waiting in self.waiting if waiting not in seating.places]
         for waiting, outcome in self._run(seating):
             if waiting.call.net.journaled and not isinstance(outcome, Exception):
@@ -155,13 +173,28 @@ class Engine:
         except Exception as error:
             calls = len(seating.places)
             log.warning("pass_failed", net=seating.net.name, calls=calls, rows=seating.rows, error=repr(error))
-            if calls == 1:
-                return [(waiting, error) for waiting in seating.places]
-            return [pair for half in halves(seating) for pair in self._run(half)]
-        used = sum(waiting.call.rows for waiting in seating.places)
-        tickets = [waiting.ticket for waiting in seating.places]
-        self.observe(Pass(seating.net, len(tickets), used, seating.rows, time.perf_counter() - began, tickets))
-        return list(zip(seating.places, outcomes, strict=True))
+            failure = OutOfMemory(what_it_needed(seating, error)) if ran_out(error) else error
+        else:
+            used = sum(waiting.call.rows for waiting in seating.places)
+            tickets = [waiting.ticket for waiting in seating.places]
+            self.observe(Pass(seating.net, len(tickets), used, seating.rows, time.perf_counter() - began, tickets))
+            return list(zip(seating.places, outcomes, strict=True))
+        if isinstance(failure, OutOfMemory):  # out of `except`, whose traceback holds what the pass had allocated
+            self._make_room(seating)
+        if len(seating.places) == 1:
+            return [(waiting, failure) for waiting in seating.places]
+        return [pair for half in halves(seating) for pair in self._run(half)]
+
+    def _make_room(self, seating: Seating) -> None:
+        """Narrower passes for a while. One call that does not fit is no reason: nothing narrower would let it in."""
+        net = seating.net
+        metrics.OUT_OF_MEMORY.labels(net.name).inc()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # pieces that fit nobody
+        if len(seating.places) > 1:
+            smaller = max((bucket for bucket in net.buckets if bucket < seating.rows), default=seating.rows // 2)
+            self.narrow[net] = time.monotonic() + NARROW_FOR, min(self.width(net), smaller)
+        log.warning("out_of_memory", net=net.name, rows=seating.rows, width=self.width(net))
 
     def _resume(self, ticket: Ticket, outcome: Any) -> None:
         """Hand a program its rows, or what went wrong with them, and remember what it wants next."""
@@ -197,12 +230,12 @@ def close(program: Program) -> None:
 # -- who shares a pass, and which rows
 
 
-def together(waiting: Sequence[Waiting]) -> Seating:
+def together(waiting: Sequence[Waiting], width: Callable[[Net], int]) -> Seating:
     """The pass that the longest-waiting call gets, with all that may share it."""
     first = waiting[0]
     alike = [one for one in waiting if one.columns.key == first.columns.key]
     if first.ticket.seat is None:
-        return packed(fitting(alike, first.call.net.width))
+        return packed(fitting(alike, width(first.call.net)))
     rows = first.call.net.reproducible_rows
     if rows is None or first.call.rows > rows:
         return Seating({first: 0}, first.call.rows)
@@ -260,6 +293,25 @@ def halves(seating: Seating) -> Iterator[Seating]:
             yield packed(half)
         else:
             yield Seating({waiting: seating.places[waiting] for waiting in half}, seating.rows)
+
+
+# -- out of memory
+
+
+def ran_out(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+    )
+
+
+def what_it_needed(seating: Seating, error: Exception) -> str:
+    """For whoever asked for it; the allocator says how much it was asked for, among much else."""
+    shapes = [column.shape[1:] for one in seating.places for column in one.columns.batched]
+    largest = max(shapes, key=torch.Size.numel, default=())
+    said = re.search(r"tried to allocate [\d.]+ \w+", str(error), re.IGNORECASE)
+    words = said[0] if said else str(error).partition("\n")[0]
+    size = "×".join(map(str, largest))
+    return f"{seating.net.name} does not fit into memory with {seating.rows} rows of {size}: {words}"
 
 
 # -- collate, run, scatter

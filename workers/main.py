@@ -5,13 +5,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import structlog
 import torch
 import uvicorn
 from redis import Redis
-from redis.backoff import ExponentialBackoff
-from redis.retry import Retry
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
@@ -24,29 +24,46 @@ from app.storage import open_store
 from models.catalog import Catalog, ModelCard
 from models.families import FAMILIES, Resident
 from models.loading import load_pipeline
+from workers.connection import OUTAGE, RedisAway, connect
 from workers.journal import Journal
 from workers.leases import Clock
+from workers.outcomes import ModelUnavailable
 from workers.reporter import Reporter
 from workers.residency import MIB, Residency
 from workers.studio import Studio
+from workers.watchdog import Watchdog
 from workers.worker import EngineWorker
 
 log = structlog.get_logger()
 
-OUTAGE = (
-    60  # tries, at most a second apart: a worker rides out about a minute without Redis, then ends and is restarted
-)
+
+def run(settings: Settings, redis_url: str, last_words: Path | None = None, outage: float = OUTAGE) -> None:
+    """Serve until told to stop; in-flight generations are finished first.
+
+    Raises:
+        SystemExit: `EX_CONFIG` if a model that must be there cannot be loaded; why is also written to `last_words`.
+            `EX_TEMPFAIL` if Redis has been away for longer than `outage` seconds.
+    """
+    try:
+        serve(settings, partial(connect, redis_url, outage))
+    except ModelUnavailable as error:
+        log.error("worker_gives_up", error=str(error))
+        if last_words:
+            last_words.write_text(str(error))
+        raise SystemExit(os.EX_CONFIG) from None
+    except RedisAway as error:
+        log.error("worker_gives_up", error=str(error))
+        raise SystemExit(os.EX_TEMPFAIL) from None
 
 
-def run(settings: Settings, redis_url: str) -> None:
-    """Serve until told to stop; in-flight generations are finished first."""
+def serve(settings: Settings, connected: Callable[[], "Redis"]) -> None:
+    """`connected` makes a connection for each thread that has something to say."""
     device = settings.device if settings.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(settings.torch_threads or torch.get_num_threads())  # before other threads ask for fewer
     catalog = Catalog.read(settings.models, settings.cards_dir)
-    connection = connect(redis_url)
-    reporter = Reporter(connect(redis_url))
+    connection, reporter = connected(), Reporter(connected())
     blobs, clock = open_store(settings.blobs), Clock()
-    sweeper = Sweeper(connect(redis_url), blobs, settings.result_ttl)
+    sweeper = Sweeper(connected(), blobs, settings.result_ttl)
     residency = Residency(
         catalog,
         lambda card: resident(card, device),
@@ -57,7 +74,8 @@ def run(settings: Settings, redis_url: str) -> None:
     journal = None
     if settings.journal_interval:
         journal = Journal(blobs, torch.device(device), settings.journal_interval, settings.journal_mib * MIB)
-    studio = Studio(residency, blobs, journal, reporter, clock, settings.preview_size)
+    watchdog = Watchdog(settings.step_timeout, settings.lease)
+    studio = Studio(residency, blobs, journal, reporter, clock, settings.preview_size, watchdog)
     worker = EngineWorker(
         catalog.names,
         studio=studio,
@@ -85,22 +103,22 @@ def run(settings: Settings, redis_url: str) -> None:
 
 
 def load_first(residency: Residency, models: list[str]) -> None:
-    """Load and warm up before the first job is admitted: the default model, and those that stay."""
+    """Load and warm up before the first job is admitted: the default model, and those that stay.
+
+    Raises:
+        ModelUnavailable: one of them cannot be had.
+    """
     for model in dict.fromkeys(models):
         residency.want(model, busy=())
         while residency.loading:
             residency.loading[1].exception()  # waits; what went wrong is told by `arrived`
             residency.arrived()
         if failure := residency.failure(model):
-            raise SystemExit(str(failure))
+            raise failure
 
 
 def resident(card: ModelCard, device: str) -> Resident:
     return FAMILIES[card.family](card, load_pipeline(card, device))
-
-
-def connect(url: str) -> "Redis":
-    return Redis.from_url(url, retry=Retry(ExponentialBackoff(cap=1, base=0.05), OUTAGE), socket_connect_timeout=2)
 
 
 def memory_mib(device: str) -> float:

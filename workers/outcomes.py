@@ -41,6 +41,12 @@ class NotStored(Failed):
     again = True
 
 
+class OutOfMemory(Failed):
+    """It did not fit on the device even alone."""
+
+    kind = "out-of-memory"
+
+
 class NotFinite(Failed):
     """The net overflowed: another attempt would as well."""
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import structlog
 
@@ -35,6 +36,11 @@ class Warm:
     @property
     def width(self) -> int:
         return self.resident.denoiser.width
+
+    @cached_property
+    def slowest_pass(self) -> float:
+        """Seconds, of all that were measured."""
+        return max(seconds for curve in self.curves.values() for seconds in curve.seconds.values())
 
     @property
     def rows_per_second(self) -> float:

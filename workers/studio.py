@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, TypeVar, cast
 
 import structlog
@@ -32,6 +33,7 @@ from workers.outcomes import ModelUnavailable, NotFinite, NotStored
 from workers.reporter import Reporter
 from workers.residency import Residency, Warm
 from workers.threads import beside_the_engine
+from workers.watchdog import Watchdog
 
 log = structlog.get_logger()
 
@@ -54,6 +56,12 @@ class Drawing:
     first_step: float | None = None  # when it began, in seconds since the epoch, as all times here
     drawn: float | None = None  # when the last pass ended
     encoding: float = 0.0  # seconds, of all its pictures
+
+    @cached_property
+    def slowest_pass(self) -> float:
+        """Seconds, as measured; more for a larger picture. Attention takes the square of its pixels, the rest less."""
+        size, r = self.resident.card.size, self.parameters
+        return self.warm.slowest_pass * max(1.0, r.width * r.height / (size.width * size.height)) ** 2
 
     @property
     def resumed_at_step(self) -> int | None:
@@ -85,9 +93,10 @@ class Studio:
         reporter: Reporter,
         clock: Clock,
         preview_size: int,
+        watchdog: Watchdog,
     ):
         self.residency, self.blobs, self.journal = residency, blobs, journal
-        self.reporter, self.clock, self.preview_size = reporter, clock, preview_size
+        self.reporter, self.clock, self.preview_size, self.watchdog = reporter, clock, preview_size, watchdog
         self.engine = Engine(self._observe, self._note)
         self.drawings: dict[str, Drawing] = {}
         self.files = ThreadPoolExecutor(2, thread_name_prefix="files", initializer=beside_the_engine)
@@ -102,7 +111,7 @@ class Studio:
         """Whether a generation of this model could join now; if its model is cold, bring that in."""
         self.residency.arrived()
         if warm := self.residency.get(model):
-            return self._rows(model) < warm.width
+            return self._rows(model) < self.engine.width(warm.resident.denoiser)
         if self.residency.failure(model):
             return True  # to be told so
         self.residency.want(model, busy={drawing.parameters.model for drawing in self.drawings.values()})
@@ -156,7 +165,7 @@ class Studio:
             if not drawing.tickets and drawing.inputs.done() and drawing.inputs.exception() is None:
                 self._begin(drawing)
         if self.engine:
-            for ticket in self.engine.step():
+            for ticket in self.watchdog.die_if_it_hangs(self.engine.step, self._slowest_pass()):
                 self._drawn(ticket)
             self._report()
         else:
@@ -303,8 +312,12 @@ class Studio:
             model = resident.card.name
             metrics.BATCH_ROWS.labels(model).observe(done.rows)
             metrics.STEPS.labels(model).inc(done.calls)
-            if done.rows >= done.net.width:  # a full pass: what the pace of a busy worker is made of
+            metrics.BATCH_WIDTH.labels(model).set(width := self.engine.width(done.net))
+            if done.rows >= width:  # a full pass: what the pace of a busy worker is made of
                 self.speeds[model] = averaged(self.speeds.get(model), done.rows / done.seconds)
+
+    def _slowest_pass(self) -> float:
+        return max(drawing.slowest_pass for drawing in self.drawings.values())
 
     def _rows(self, model: str) -> int:
         return sum(drawing.rows for drawing in self.drawings.values() if drawing.parameters.model == model)

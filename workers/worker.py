@@ -33,6 +33,7 @@ from rq.worker_registration import clean_worker_registry, register
 from app import events, metrics
 from app.jobs import BELL, PRIORITIES, Pace, age_of, atomically, pace_key, queue_name
 from app.schemas import Parameters
+from workers.connection import Patience, RedisAway
 from workers.leases import Clock, Leases, Seat, Why, model_of
 from workers.outcomes import EngineBroke, Expired, Failed, Stopped, TimedOut
 
@@ -399,6 +400,10 @@ class EngineWorker(BaseWorker):
 
     # -- where RQ takes for granted that a worker has one job, or may be interrupted anywhere
 
+    @property
+    def connection_timeout(self) -> int:
+        return 0  # RQ waits longer than a blocking pop takes; ours never block, and `connect` says how long we wait
+
     def get_heartbeat_ttl(self, job: Job, working_time: float = 0) -> int:
         return self.lease
 
@@ -421,11 +426,12 @@ class EngineWorker(BaseWorker):
         self._stop_requested = True
 
     def teardown(self) -> None:
-        with suppress(Exception), self.connection.pipeline() as pipe:  # on the way out already
+        self.connection.set_retry(Patience(0))  # if Redis is away, we have waited already, or are to stop
+        with suppress(RedisAway), self.connection.pipeline() as pipe:  # then what it knows of us runs out by itself
             for model in {model_of(queue) for queue in self.queues}:
                 pipe.hdel(pace_key(model), self.name)
             pipe.execute()
-        super().teardown()
+            super().teardown()
 
 
 def known(outcome: Any) -> bool:
