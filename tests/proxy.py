@@ -25,6 +25,8 @@ class Proxy:
         self.host, self.port = self.reserved.getsockname()
         self.seconds = 0.0
         self.swallowing = False
+        self.fatal: bytes | None = None  # `cut_at`
+        self.deaf: bytes | None = None  # `lose_answer_to`
         self.server: asyncio.Server | None = None
         self.open: set[asyncio.StreamWriter] = set()
         self.loop = asyncio.new_event_loop()
@@ -51,6 +53,14 @@ class Proxy:
     def delay(self, seconds: float) -> None:
         """Let every piece of data, either way, wait so long."""
         self._do(self._serve(seconds=seconds))
+
+    def cut_at(self, word: bytes) -> None:
+        """Cut when a client sends something with `word` in it, before that arrives."""
+        self.fatal = word
+
+    def lose_answer_to(self, word: bytes) -> None:
+        """Once: what has `word` in it arrives, and its sender is reset before it is answered; new connections work."""
+        self.deaf = word
 
     def heal(self) -> None:
         """All is well again. Connections of which something was swallowed are reset: they would make no sense."""
@@ -115,7 +125,7 @@ class Proxy:
             self.open.discard(writer)
         self.open |= {writer, back}
         try:
-            await asyncio.gather(self._pump(reader, back), self._pump(there, writer))
+            await asyncio.gather(self._pump(reader, back, asks=True), self._pump(there, writer))
         finally:
             self.open -= {writer, back}
             writer.transport.abort()
@@ -127,15 +137,24 @@ class Proxy:
         host, _, port = self.upstream.rpartition(":")
         return await asyncio.open_connection(host, int(port))
 
-    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, asks: bool = False) -> None:
         """Until one end closes, then that end of the other connection too."""
         with suppress(OSError):
             while data := await reader.read(65536):
                 if self.seconds:
                     await asyncio.sleep(self.seconds)
-                if not self.swallowing:
+                if asks and self.fatal and self.fatal in data:
+                    self.fatal = None
+                    await self._cut()
+                elif not self.swallowing:
+                    lost = asks and self.deaf and self.deaf in data
+                    self.swallowing = bool(lost)
                     writer.write(data)
                     await writer.drain()
+                    if lost:
+                        self.deaf = None
+                        await asyncio.sleep(0.1)  # the server acts on it
+                        await self._serve()
             while self.swallowing:  # nobody hears of the end either
                 await asyncio.sleep(0.05)
             if writer.can_write_eof():

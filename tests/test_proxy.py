@@ -86,3 +86,21 @@ def test_delay_holds_what_is_sent_back_and_forth(proxy: Proxy):
 def test_a_server_that_is_not_there_looks_like_one_that_hangs_up():
     with Proxy("/no/such.sock") as proxy, dial(proxy) as there:
         assert there.recv(100) == b""
+
+
+def test_it_is_cut_at_a_word(proxy: Proxy):
+    proxy.cut_at(b"bang")
+    with dial(proxy) as there:
+        assert said(there) == b"hello\n"
+        with pytest.raises(ConnectionResetError):
+            said(there, b"bang\n")
+    with pytest.raises(ConnectionRefusedError):
+        dial(proxy)
+
+
+def test_an_answer_is_lost_once(proxy: Proxy):
+    proxy.lose_answer_to(b"bang")
+    with dial(proxy) as there, pytest.raises(ConnectionResetError):
+        said(there, b"bang\n")
+    with dial(proxy) as there:
+        assert said(there, b"bang\n") == b"bang\n"
