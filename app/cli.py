@@ -58,24 +58,15 @@ def up(
 @cli.command()
 def api(host: Annotated[str | None, HOST] = None, port: Annotated[int | None, PORT] = None) -> None:
     """Run the HTTP front end alone; REDIS_URL says where the queue is."""
-    import uvicorn
-
     settings = read_settings(host=host, port=port)
     check_cards(settings)
     redis_url = required_redis(settings)
     from app import logs
     from app.main import create_app
+    from app.server import serve
 
     logs.set_up(settings)
-    # Streams that clients keep open would hold up a restart: after ten seconds they are cut, and resume elsewhere.
-    uvicorn.run(
-        create_app(settings, redis_url),
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        access_log=False,
-        timeout_graceful_shutdown=10,
-    )
+    serve(create_app(settings, redis_url), settings.host, settings.port)
 
 
 @cli.command()

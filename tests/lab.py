@@ -58,8 +58,11 @@ class Server(EmbeddedRedis):
         self.process.kill()
         self.process.wait()
 
-    def restart(self) -> None:
+    def start(self) -> None:
         self.process = spawn(list(self.process.args), dict(os.environ), signal.SIGTERM)
+
+    def restart(self) -> None:
+        self.start()
         wait_until(self._answers, self.process, 20, "the embedded Valkey")
 
 
