@@ -503,6 +503,7 @@ def as_queued(id: str, parameters: Parameters) -> Generation:
         created_at=created,
         position=None,
         eta=None,
+        resumed_at_step=None,
         parameters=parameters,
         attempts=0,
         timings={},
