@@ -126,7 +126,7 @@ class Generation(BaseModel):
 class GenerationFilter(BaseModel, extra="forbid"):
     """Which generations to list."""
 
-    cursor: str | None = Field(None, description="`next_cursor` of the page before.")
+    cursor: str | None = Field(None, pattern="^[0-9a-f]{32}$", description="`next_cursor` of the page before.")
     limit: int = Field(20, ge=1, le=100)
     status: Status | None = None
     model: str | None = None
