@@ -43,13 +43,17 @@ class Service(FastAPI):
     def openapi(self) -> dict[str, Any]:
         """With the schema of problem documents: FastAPI knows answers of one media type a route.
 
-        And without its `itemSchema` of a stream's events, which is OpenAPI 3.2 in a document of 3.1.
+        And without its `itemSchema` of a stream's events, which is OpenAPI 3.2 in a document of 3.1; and, where there
+        are no API keys, without the word that one is needed.
         """
         document = super().openapi()
         _, problem = models_json_schema([(Problem, "serialization")], ref_template="#/components/schemas/{model}")
         document["components"]["schemas"] |= problem["$defs"]
         watch = document["paths"]["/v1/generations/{id}/events"]["get"]["responses"]["200"]
         watch["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+        if not self.state.settings.api_keys:
+            for operation in (it for methods in document["paths"].values() for it in methods.values()):
+                operation.pop("security", None)
         return document
 
 

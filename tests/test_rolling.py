@@ -6,9 +6,9 @@ from pathlib import Path
 
 import httpx2
 import pytest
+from app.parts import Part
 
 from app.local import LocalService, free_port, port_open
-from app.parts import Part
 from tests.conftest import local_settings
 from tests.test_deploy import NGINX, proxy_to
 
@@ -49,7 +49,9 @@ def test_a_rolling_restart_of_everything_under_load_refuses_nothing(fleet: tuple
                     done.append(answers[-1].json()["id"])
                     assert answers[-1].json()["status"] == "succeeded"
                     answers.append(http.get(answers[-1].json()["images"][0]["url"]))
-                wrong.extend(f"{a.request.method} {a.url.path}: {a.status_code} {a.text}" for a in answers if a.is_error)
+                wrong.extend(
+                    f"{a.request.method} {a.url.path}: {a.status_code} {a.text}" for a in answers if a.is_error
+                )
 
     clients = [threading.Thread(target=client, args=(i,)) for i in range(4)]
     for one in clients:

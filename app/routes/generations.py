@@ -17,7 +17,7 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from app import events
 from app.auth import Owner
-from app.errors import InvalidRequest, NotFound, TooManyListeners, UnsupportedMediaType
+from app.errors import NotFound, TooManyListeners, UnsupportedMediaType
 from app.files import file_response
 from app.images import MEDIA_TYPES
 from app.jobs import Jobs, Record
@@ -95,6 +95,10 @@ IdempotencyKey = Annotated[
     str | None,
     Header(alias="Idempotency-Key", min_length=1, max_length=256, description="Same key, same body: the same answer"),
 ]
+LastEventId = Annotated[
+    str,
+    Header(alias="Last-Event-ID", pattern="^[0-9]{1,19}-[0-9]{1,19}$", description="Where a broken stream is to go on"),
+]
 Number = Annotated[int, Path(ge=0, le=9999)]
 
 
@@ -158,16 +162,6 @@ async def record(id: str, jobs: JobsDep, owner: Owner) -> Record:
     return await run_in_threadpool(jobs.record, id, owner)
 
 
-def resume_after(
-    last_event_id: Annotated[
-        str | None, Header(alias="Last-Event-ID", description="Where a broken stream is to go on")
-    ] = None,
-) -> str:
-    if last_event_id is not None and not re.fullmatch(r"\d{1,19}-\d{1,19}", last_event_id):
-        raise InvalidRequest([("Last-Event-ID", "not one of ours")])
-    return last_event_id or "0-0"
-
-
 async def place(listeners: ListenersDep) -> AsyncIterator[None]:
     with listeners.place() as free:
         if not free:
@@ -182,7 +176,7 @@ async def watch(
     listeners: ListenersDep,
     owner: Owner,
     record: Annotated[Record, Depends(record)],
-    after: Annotated[str, Depends(resume_after)],
+    after: LastEventId = "0-0",
 ) -> AsyncIterator[ServerSentEvent]:
     """Progress and previews as server-sent events; the last one holds the generation."""
     if record.status in events.ENDED and (record.last is None or not newer(record.last.id, after)):
