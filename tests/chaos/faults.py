@@ -14,6 +14,7 @@ from tests.chaos.orders import special
 from tests.chaos.part import AMBUSHES, POISONS
 from tests.chaos.system import LEASE, Part, System
 
+LONGEST_PAUSE = 12.0  # seconds
 Fault = Callable[["Havoc", random.Random], None]
 
 
@@ -28,10 +29,14 @@ class Havoc:
     def total(self) -> int:
         return self.counts.total()
 
-    def run(self, faults: int, pause: tuple[float, float]) -> None:
+    def run(self, faults: int, jobs: int) -> None:
+        """Spread over so many jobs; but if these do not come, because of the faults, it waits no longer."""
         for number, (name, fault) in zip(range(faults), deal(self.seed), strict=False):
             rng = random.Random(f"{self.seed}/fault/{number}")
-            time.sleep(rng.uniform(*pause))
+            time.sleep(rng.uniform(0.5, 2))
+            deadline = time.monotonic() + LONGEST_PAUSE
+            while len(self.crowd.ledger.jobs) < jobs * number / faults and time.monotonic() < deadline:
+                time.sleep(0.1)
             self.say(name)
             fault(self, rng)
             self.counts[name] += 1
@@ -107,6 +112,8 @@ def slow_network(havoc: Havoc, rng: random.Random) -> None:
 def cut_network(havoc: Havoc, rng: random.Random) -> None:
     for _ in range(rng.randint(1, 8)):
         havoc.system.proxy.cut()
+        time.sleep(rng.uniform(0.05, 0.4))
+        havoc.system.proxy.heal()
         time.sleep(rng.uniform(0.05, 0.4))
 
 
