@@ -2,6 +2,7 @@
 
 import argparse
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -66,6 +67,7 @@ def main() -> int:
     parser.add_argument("--mutate", default="", choices=[*mutations.OF_WORKERS, *mutations.OF_THE_API])
     parser.add_argument("--keep", action="store_true", help="the logs, whatever they say")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # whatever was started is stopped
     form = SHORT if given.short else LONG
     form = form._replace(faults=given.faults or form.faults, jobs=given.jobs or form.jobs)
     directory = Path(tempfile.mkdtemp(prefix="darkroom-chaos-"))

@@ -41,16 +41,16 @@ class Havoc:
             fault(self, rng)
             self.counts[name] += 1
 
-    def busy_worker(self, rng: random.Random, patience: float = 3.0) -> Part:
-        """One that holds something; after a while, any."""
-        first, *others = rng.sample(self.system.workers, len(self.system.workers))
+    def busy_worker(self, rng: random.Random, patience: float = 4.0) -> Part:
+        """One in the middle of something that it has begun to keep; after a while, any."""
+        workers = rng.sample(self.system.workers, len(self.system.workers))
         deadline = time.monotonic() + patience
         while time.monotonic() < deadline:
-            for worker in (first, *others):
-                if worker.runs and self.system.held_by(worker):
+            for worker in workers:
+                if worker.runs and any(journal(self.system, id) for id in self.system.held_by(worker)):
                     return worker
             time.sleep(0.05)
-        return first
+        return workers[0]
 
     def bring(self, rng: random.Random, metadata: dict[str, str], canceled: bool = False) -> None:
         number = rng.randrange(10**9)
@@ -124,12 +124,13 @@ def black_hole(havoc: Havoc, rng: random.Random) -> None:
 
 
 def full_disk(havoc: Havoc, rng: random.Random) -> None:
+    havoc.busy_worker(rng)
     path = havoc.system.full_disk()
     with path.open("wb") as file:
         left = os.statvfs(path).f_bavail * os.statvfs(path).f_frsize
         with suppress(OSError):  # somebody was quicker
             os.posix_fallocate(file.fileno(), 0, left)
-    time.sleep(rng.uniform(1, 4))
+    time.sleep(rng.uniform(2, 4))
     path.unlink()
 
 

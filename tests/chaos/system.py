@@ -30,6 +30,7 @@ LEASE = 4  # seconds
 MAX_ATTEMPTS = 4  # each of which costs a worker, if it is poison; more than bad luck needs
 DISK = "512m"
 RESTART_AFTER = 0.3  # seconds
+LONGEST_FREEZE = 20.0  # seconds, at an ambush
 WRONG_CLOCK = "+300s"  # with a monotonic clock that is not shifted as well, libfaketime breaks `time.sleep`
 WANTED = {  # settings, of those that there are
     "lease": LEASE,
@@ -252,17 +253,25 @@ class System:
             self.restarts["valkey"] += 1
 
     def _thaw(self) -> None:
-        """Whoever froze at an ambush sleeps until another has taken over."""
+        """Whoever froze at an ambush sleeps until another has ended its job, or at least taken it over."""
         for mark in self.marks.glob("*.freeze-*"):
             if mark not in self.thaws:
-                wait = random.Random(mark.name).uniform(1.5, 4) + LEASE
-                self.thaws[mark] = time.monotonic() + wait
-            elif 0 < self.thaws[mark] < time.monotonic():
+                self.thaws[mark] = time.monotonic() + LONGEST_FREEZE
+            elif self.thaws[mark] and (time.monotonic() > self.thaws[mark] or self._overtaken(mark)):
                 self.thaws[mark] = 0
-                pid = int(mark.name.split(".")[1])
                 for worker in self.workers:
-                    if worker.pid == pid:
+                    if str(worker.pid) == mark.name.split(".")[1]:
                         worker.signal(signal.SIGCONT)
+
+    def _overtaken(self, mark: Path) -> bool:
+        id, pid, _ = mark.name.split(".")
+        try:
+            status, worker = self.redis.hmget(f"rq:job:{id}", "status", "worker_name")
+        except redis.exceptions.RedisError:
+            return False
+        ended = status not in (b"queued", b"started")
+        taken = status == b"started" and worker is not None and not worker.endswith(f".{pid}".encode())
+        return ended or (taken and random.Random(id).random() < 0.3)
 
     def _mount(self) -> bool:
         command = ["mount", "-t", "tmpfs", "-o", f"size={DISK}", "tmpfs", str(self.blobs)]
