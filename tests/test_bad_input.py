@@ -20,7 +20,8 @@ import pytest
 from PIL import Image, ImageChops
 from redis import ConnectionError, Redis
 
-from app.local import LocalService, wait_until
+from app.local import LocalService
+from app.parts import wait_until
 from app.storage import generation_folder
 from tests.conftest import local_settings
 
@@ -470,7 +471,7 @@ def comes_back(http: httpx2.Client, id: str) -> None:
 
 def test_without_redis_clients_are_told_so_and_it_comes_back_without_a_restart(tmp_path: Path):
     with LocalService(local_settings(tmp_path), workers=0) as service:
-        server = service.parts["valkey"]
+        server = service.parts["valkey"].process
         with httpx2.Client(base_url=service.url, timeout=30) as http:
             id = http.post(URL, json=GOOD).json()["id"]
 
