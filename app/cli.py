@@ -34,7 +34,8 @@ def up(
     with_parent: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
     """Serve until Ctrl-C: an embedded Valkey, the API and workers."""
-    from app.local import LocalService, StartFailed
+    from app.local import LocalService
+    from app.parts import StartFailed
 
     end_with_parent(with_parent)
     settings = read_settings(host=host, port=port, data_dir=data_dir)
@@ -48,7 +49,7 @@ def up(
             console.print(
                 f"[bold green]ready[/] {service.url} · interactive docs at {service.url}/docs · Ctrl-C stops it"
             )
-            service.watch()
+            service.watch(lambda line: console.print(line, soft_wrap=True, highlight=False))
     except KeyboardInterrupt:
         console.print("stopped")
     except StartFailed as error:
@@ -70,7 +71,7 @@ def api(host: Annotated[str | None, HOST] = None, port: Annotated[int | None, PO
 
 
 @cli.command()
-def worker() -> None:
+def worker(last_words: Annotated[Path | None, typer.Option(hidden=True)] = None) -> None:
     """Run one worker; REDIS_URL says where the queue is."""
     settings = read_settings()
     check_cards(settings)
@@ -80,7 +81,7 @@ def worker() -> None:
     logs.set_up(settings)
     from workers.main import run
 
-    run(settings, redis_url)
+    run(settings, redis_url, last_words)
 
 
 @cli.command()
@@ -108,7 +109,8 @@ def generate(
 ) -> None:
     """Draw a picture: on a running service or, with none, on one that is started for it."""
     from app.client import Client, Refused, encoded
-    from app.local import LocalService, StartFailed
+    from app.local import LocalService
+    from app.parts import StartFailed
 
     end_with_parent(with_parent)
     request = {
@@ -199,7 +201,7 @@ def models() -> None:
 def end_with_parent(wanted: bool) -> None:
     """For `make`: killed, it must not leave us behind."""
     if wanted:
-        from app.local import die_with_parent
+        from app.parts import die_with_parent
 
         die_with_parent(os.getppid(), signal.SIGTERM)
 
