@@ -30,7 +30,7 @@ LEASE = 4  # seconds
 MAX_ATTEMPTS = 4  # each of which costs a worker, if it is poison; more than bad luck needs
 DISK = "512m"
 RESTART_AFTER = 0.3  # seconds
-LONGEST_FREEZE = 20.0  # seconds, at an ambush
+LONGEST_FREEZE = 40.0  # seconds, at an ambush
 WRONG_CLOCK = "+300s"  # with a monotonic clock that is not shifted as well, libfaketime breaks `time.sleep`
 WANTED = {  # settings, of those that there are
     "lease": LEASE,
@@ -183,6 +183,11 @@ class System:
         counts = {key: self.redis.llen(key) for key in counts}
         counts |= {f"rq:wip:{queue}": self.redis.zcard(f"rq:wip:{queue}") for queue in QUEUES}
         return {key: count for key, count in counts.items() if count}
+
+    @property
+    def sleeps(self) -> bool:
+        """Whether a worker is frozen at an ambush: then the others should be left to take over from it."""
+        return any(self.thaws.get(mark) != 0 for mark in self.marks.glob("*.freeze-*"))
 
     def heal(self) -> None:
         """End all faults that last. Whatever was killed is on its way already."""
