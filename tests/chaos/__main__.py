@@ -47,6 +47,9 @@ def chaos(form: Form, seed: int, mutation: str, directory: Path, say: Callable[[
             while len(ledger.jobs) < form.jobs:
                 progress("no more faults, but more jobs")
                 time.sleep(2)
+            while system.sleeps:
+                progress("waiting for a worker that froze")
+                time.sleep(2)
         finally:
             system.heal()
             progress("letting them finish")

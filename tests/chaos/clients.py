@@ -94,7 +94,10 @@ class Client:
             case "watch":
                 self.watch(job)
             case "cancel":
-                time.sleep(order.rng.choice([0, 0.1, 0.5, 1.5]))
+                if "metadata" in order.body:
+                    self.await_ambush(job)
+                else:
+                    time.sleep(order.rng.choice([0, 0.1, 0.5, 1.5]))
                 self.cancel(job)
         self.poll(job)
         if key and self.rng.random() < 0.1 and (again := self.submit(order, key)) and again is not job:
@@ -139,6 +142,11 @@ class Client:
                 name, _, word = line.partition(": ")
                 if name == "event" and word in ENDED:
                     self.show(job, word)
+
+    def await_ambush(self, job: Job) -> None:
+        deadline = time.monotonic() + PATIENCE / 3
+        while not any(self.system.marks.glob(f"{job.id}.*")) and time.monotonic() < deadline:
+            time.sleep(0.1)
 
     def cancel(self, job: Job) -> None:
         with suppress(httpx2.TransportError):

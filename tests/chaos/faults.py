@@ -44,6 +44,9 @@ class Havoc:
     def busy_worker(self, rng: random.Random, patience: float = 4.0) -> Part:
         """One in the middle of something that it has begun to keep; after a while, any."""
         workers = rng.sample(self.system.workers, len(self.system.workers))
+        deadline = time.monotonic() + LONGEST_PAUSE
+        while self.system.sleeps and time.monotonic() < deadline:
+            time.sleep(0.1)
         deadline = time.monotonic() + patience
         while time.monotonic() < deadline:
             for worker in workers:
@@ -136,7 +139,7 @@ def full_disk(havoc: Havoc, rng: random.Random) -> None:
 
 def damaged_journals(havoc: Havoc, rng: random.Random) -> None:
     """A worker dies, and what it leaves to its successor is no longer what it wrote."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 15
     while time.monotonic() < deadline:
         worker = havoc.busy_worker(rng, 0.5)
         worker.signal(signal.SIGSTOP)

@@ -41,7 +41,7 @@ MEASURES = {
     "redis": Measure("Redis, used_memory", "MiB", 1),
     "api_files": Measure("API, open files", "", 4),
     "worker_files": Measure("worker, open files", "", 4),
-    "blobs": Measure("files in the blob store", "", 0),
+    "blobs": Measure("files in the blob store", "", 60),  # between two sweeps; journals come and go
 }
 
 Samples = list[tuple[float, dict[str, float]]]
