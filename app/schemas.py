@@ -50,7 +50,9 @@ class GenerationRequest(BaseModel, frozen=True):
         default_factory=dict, max_length=16, description="Your own labels; returned as they are."
     )
 
-    @field_validator("n", "width", "height", "num_inference_steps", "seed", "preview_every", "expires_in", mode="before")
+    @field_validator(
+        "n", "width", "height", "num_inference_steps", "seed", "preview_every", "expires_in", mode="before"
+    )
     @classmethod
     def _whole(cls, value: object) -> object:
         """64 for 64.0: one number to JSON Schema, and one spelling to languages without integers."""
