@@ -49,16 +49,16 @@ def document(**given: object) -> dict[str, Any]:
 def asking(document: dict[str, Any], ids: list[str]) -> BaseSchema:
     """What to ask: mostly with ids that there are, of sizes that the model can draw."""
     mostly: dict[str, list[str | int | float]] = {
-        "path.id": [*ids, NOBODY],
-        "path.number": [0, 1],
-        "path.step": [2, 4],
+        "path.id": [*ids, *ids, NOBODY],
+        "path.number": [0],
+        "path.step": [2],
         "path.name": ["emoji-sd"],
         "query.cursor": [*ids, NOBODY],
         "query.model": ["emoji-sd"],
         "header.Idempotency-Key": ["first", "second"],
-        "header.Range": ["bytes=0-9", "bytes=-9", "bytes=9-", "bytes=9999999-", "bytes=0-1,4-5", "lines=1-2"],
-        "header.If-None-Match": ["*", ETAG, f'W/"other", {ETAG}', '"other"'],
-        "header.If-Range": [ETAG, '"other"'],
+        "header.Range": ["bytes=0-9", "bytes=-9", "bytes=9999999-", "lines=1-2"],
+        "header.If-None-Match": ['"other"', '"another"', f'W/"other", {ETAG}'],
+        "header.If-Range": [ETAG],
         "header.Last-Event-ID": ["0-0", "9999999999999-0"],
         "body.model": ["emoji-sd"],
         "body.n": [1, 8],
@@ -164,7 +164,7 @@ def times(examples: int) -> Callable[..., Any]:
     return settings(max_examples=examples, derandomize=True, database=None, deadline=None, suppress_health_check=slow)
 
 
-FEW, MANY = times(25), times(400)
+FEW, MANY = times(40), times(400)
 
 
 @locked.parametrize()
@@ -211,9 +211,6 @@ def test_of_what_has_been_drawn_every_answer_is_listed_however_often_one_asks(
     ask(case, with_pictures)
 
 
-FILE = {200, 206, 304, 401, 404, 416, 422}
-
-
 @pytest.mark.parametrize(
     ("operation", "statuses"),
     [
@@ -222,8 +219,8 @@ FILE = {200, 206, 304, 401, 404, 416, 422}
         (f"GET {URL}/{{id}}", {200, 401, 404, 405}),
         (f"DELETE {URL}/{{id}}", {200, 401, 404, 409}),
         (f"GET {URL}/{{id}}/events", {200, 401, 404, 422}),
-        (f"GET {URL}/{{id}}/images/{{number}}", FILE),
-        (f"GET {URL}/{{id}}/previews/{{number}}/{{step}}", FILE),
+        (f"GET {URL}/{{id}}/images/{{number}}", {200, 206, 304, 401, 404, 416, 422}),
+        (f"GET {URL}/{{id}}/previews/{{number}}/{{step}}", {200, 401, 404, 422}),
         ("GET /v1/models/{name}", {200, 401, 404}),
         ("GET /metrics", {200, 405}),
     ],
