@@ -52,9 +52,9 @@ class Away:
 
     @contextmanager
     def stopped(self) -> Generator[None]:
-        os.kill(self.server.process.pid, signal.SIGSTOP)
+        os.kill(self.server.part.process.pid, signal.SIGSTOP)
         yield
-        os.kill(self.server.process.pid, signal.SIGCONT)
+        os.kill(self.server.part.process.pid, signal.SIGCONT)
 
     @contextmanager
     def killed(self) -> Generator[None]:
@@ -70,13 +70,14 @@ class Away:
                 pipe.set(f"filling:{i}", i)
             pipe.execute()
         self.server.kill()
-        self.server.process.args += ["--key-load-delay", "1000"]  # type: ignore[operator]
+        usual = self.server.part.command
+        self.server.part.command = [*usual, "--key-load-delay", "1000"]
         self.server.start()
         until(lambda: says(self.redis, "LOADING"))
         yield
         assert says(self.redis, "LOADING"), "it was done before we were"
         self.server.kill()
-        del self.server.process.args[-2:]  # type: ignore[attr-defined]
+        self.server.part.command = usual
         self.server.restart()
 
     @contextmanager
