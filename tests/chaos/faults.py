@@ -1,6 +1,5 @@
 """What goes wrong: a shuffled deck of faults, dealt one after the other. A seed always deals the same."""
 
-import os
 import random
 import signal
 import time
@@ -15,6 +14,7 @@ from tests.chaos.part import AMBUSHES, POISONS
 from tests.chaos.system import LEASE, Part, System
 
 LONGEST_PAUSE = 12.0  # seconds
+MANY_PAGES = 6  # of journals, worth damaging
 Fault = Callable[["Havoc", random.Random], None]
 
 
@@ -129,21 +129,21 @@ def black_hole(havoc: Havoc, rng: random.Random) -> None:
 def full_disk(havoc: Havoc, rng: random.Random) -> None:
     havoc.busy_worker(rng)
     path = havoc.system.full_disk()
-    with path.open("wb") as file:
-        left = os.statvfs(path).f_bavail * os.statvfs(path).f_frsize
-        with suppress(OSError):  # somebody was quicker
-            os.posix_fallocate(file.fileno(), 0, left)
-    time.sleep(rng.uniform(2, 4))
+    with path.open("wb", buffering=0) as file, suppress(OSError):
+        while True:  # to the last page: room for one would be room for a picture
+            file.write(bytes(2**20))
+    time.sleep(rng.uniform(3, 5))
     path.unlink()
 
 
 def damaged_journals(havoc: Havoc, rng: random.Random) -> None:
     """A worker dies, and what it leaves to its successor is no longer what it wrote."""
     deadline = time.monotonic() + 15
-    while time.monotonic() < deadline:
+    while (left := deadline - time.monotonic()) > 0:
         worker = havoc.busy_worker(rng, 0.5)
         worker.signal(signal.SIGSTOP)
-        if pages := sorted(page for id in havoc.system.held_by(worker) for page in journal(havoc.system, id)):
+        pages = sorted(page for id in havoc.system.held_by(worker) for page in journal(havoc.system, id))
+        if len(pages) >= (MANY_PAGES if left > 5 else 1):
             worker.signal(signal.SIGKILL)
             damage(pages, rng)
             return
@@ -161,11 +161,11 @@ def damage(pages: list[Path], rng: random.Random) -> None:
     for page in pages:
         data = bytearray(page.read_bytes())
         match rng.random():
-            case chance if chance < 0.6:
-                for _ in range(200):  # of the last three quarters, where the tensors are
-                    data[rng.randrange(len(data) // 4, len(data))] ^= 0x55
+            case chance if chance < 0.6 and data:
+                for _ in range(40):  # in the middle, where the tensors are: what is around them is easily noticed
+                    data[rng.randrange(len(data) // 4, 1 + len(data) * 3 // 4)] ^= 0x55
             case chance if chance < 0.8:
-                del data[rng.randrange(len(data)) :]
+                del data[len(data) * rng.randrange(100) // 100 :]
             case _:
                 data = bytearray(rng.choice(pages).read_bytes())
         page.write_bytes(data)
