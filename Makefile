@@ -42,8 +42,15 @@ check: setup
 bench: setup
 	@.venv/bin/python -m tests.bench
 
+# The long form takes about a quarter of an hour; `make chaos SHORT=1 SEED=7 MUTATE=lease` are its options.
+chaos: setup
+	@.venv/bin/python -m tests.chaos $(if $(SHORT),--short) --seed $(or $(SEED),1) $(if $(MUTATE),--mutate $(MUTATE))
+
+soak: setup
+	@.venv/bin/python -m tests.chaos.soak
+
 lock:
 	@.venv/bin/uv pip compile -q --python-version 3.11 $(TORCH_FROM) --generate-hashes --no-emit-package torch --no-emit-package triton \
 		--no-header -c torch.txt --extra worker --extra embedded --group test -o requirements.lock pyproject.toml
 
-.PHONY: setup demo up test check bench lock
+.PHONY: setup demo up test check bench chaos soak lock

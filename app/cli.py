@@ -59,24 +59,15 @@ def up(
 @cli.command()
 def api(host: Annotated[str | None, HOST] = None, port: Annotated[int | None, PORT] = None) -> None:
     """Run the HTTP front end alone; REDIS_URL says where the queue is."""
-    import uvicorn
-
     settings = read_settings(host=host, port=port)
     check_cards(settings)
     redis_url = required_redis(settings)
     from app import logs
     from app.main import create_app
+    from app.server import serve
 
     logs.set_up(settings)
-    # Streams that clients keep open would hold up a restart: after ten seconds they are cut, and resume elsewhere.
-    uvicorn.run(
-        create_app(settings, redis_url),
-        host=settings.host,
-        port=settings.port,
-        log_config=None,
-        access_log=False,
-        timeout_graceful_shutdown=10,
-    )
+    serve(create_app(settings, redis_url), settings.host, settings.port)
 
 
 @cli.command()
@@ -158,6 +149,39 @@ def generate(
         raise SystemExit(str(error)) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+@cli.command()
+def dead(
+    requeue: Annotated[str | None, typer.Option(metavar="ID", help="Queue this one again.")] = None,
+    traceback: Annotated[str | None, typer.Option(metavar="ID", help="Show what its worker saw.")] = None,
+) -> None:
+    """List the generations that failed, of all owners; REDIS_URL says where the queue is."""
+    from redis import Redis
+
+    from app import dead_letters
+    from app.errors import ServiceError
+    from models.catalog import Catalog
+
+    settings = read_settings()
+    check_cards(settings)
+    out = Console()
+    with Redis.from_url(required_redis(settings)) as connection:
+        try:
+            if requeue:
+                dead_letters.requeue(connection, requeue)
+                out.print(f"{requeue} is queued again", highlight=False)
+            elif traceback:
+                out.print(dead_letters.traceback(connection, traceback), highlight=False, markup=False)
+            else:
+                table = Table("id", "failed at", "model", "owner", "attempts", "reason")
+                for letter in dead_letters.dead_letters(connection, Catalog.read(settings.models, settings.cards_dir)):
+                    failed_at = f"{letter.failed_at:%Y-%m-%d %H:%M:%S}" if letter.failed_at else ""
+                    reason = f"{letter.error.type}: {letter.error.detail}"
+                    table.add_row(letter.id, failed_at, letter.model, letter.owner, str(letter.attempts), reason)
+                out.print(table)
+        except ServiceError as error:
+            raise SystemExit(str(error)) from None
 
 
 @cli.command()

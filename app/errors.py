@@ -5,13 +5,16 @@ ServiceError
  ├─ MalformedBody 400          not JSON at all
  ├─ UnsupportedMediaType 415   not `application/json`
  ├─ BodyTooLarge 413
+ ├─ BodyTooSlow 408            it stopped coming
  ├─ Unauthorized 401
  ├─ NotFound 404               no such thing, or not yours
  ├─ MethodNotAllowed 405       `Allow` says which are
  ├─ NotCancelable 409          it has ended already
+ ├─ NotRequeueable 409         it has not failed
  ├─ IdempotencyConflict 422    the key was used with another body
  ├─ RangeNotSatisfiable 416    the picture has no such bytes
  ├─ QueueFull 503              with Retry-After
+ ├─ TooManyListeners 503       this process has no room for another stream
  └─ StoreUnavailable 503       Redis or the blob store does not answer
 """
 
@@ -69,6 +72,13 @@ class BodyTooLarge(ServiceError):
     status, kind = 413, "body-too-large"
 
 
+class BodyTooSlow(ServiceError):
+    status, kind = 408, "body-too-slow"
+
+    def __init__(self, detail: str):
+        super().__init__(detail, headers={"Connection": "close"})  # RFC 9110, 15.5.9
+
+
 class Unauthorized(ServiceError):
     status, kind = 401, "unauthorized"
 
@@ -88,6 +98,10 @@ class NotCancelable(ServiceError):
     status, kind = 409, "not-cancelable"
 
 
+class NotRequeueable(ServiceError):
+    status, kind = 409, "not-requeueable"
+
+
 class IdempotencyConflict(ServiceError):
     status, kind = 422, "idempotency-key-reused"
 
@@ -101,6 +115,13 @@ class QueueFull(ServiceError):
 
     def __init__(self, detail: str, retry_after: float):
         super().__init__(detail, headers={"Retry-After": str(max(1, round(retry_after)))})
+
+
+class TooManyListeners(ServiceError):
+    status, kind = 503, "too-many-listeners"
+
+    def __init__(self, detail: str):
+        super().__init__(detail, headers={"Retry-After": "5"})
 
 
 class StoreUnavailable(ServiceError):

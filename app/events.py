@@ -1,9 +1,11 @@
 """Progress over a Redis Stream, one a generation: whoever listens later, or again, misses nothing."""
 
+import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Generator
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import redis.asyncio
 from redis.client import Pipeline
@@ -21,6 +23,9 @@ local function record(stream, status, ttl)
     if ttl then redis.call('EXPIRE', stream, ttl, 'LT') end
 end
 """
+
+
+T = TypeVar("T")
 
 
 class Event(NamedTuple):
@@ -55,16 +60,53 @@ def text(value: bytes | str) -> str:
     return value.decode() if isinstance(value, bytes) else value
 
 
-async def follow(connection: "redis.asyncio.Redis", generation: str, after: str = "0-0") -> AsyncIterator[Event | None]:
-    """Every event after `after` as it comes, to the one that ends it. None after each `PATIENCE` of silence."""
-    while True:
-        answer = await connection.xread({stream(generation): after}, block=int(PATIENCE * 1000))
-        if not answer:
-            yield None
-            continue
-        entries = answer[0][1] if isinstance(answer, list) else next(iter(answer.values()))[0]
-        for event in parse(cast(list[Any], entries)):  # the stub does not follow RESP2 and RESP3 that far
-            after = event.id
-            yield event
-            if event.name in ENDED:
-                return
+class Listeners:
+    """Those who wait for events in this process: so many at once, and none once it is `leaving`.
+
+    Of one event loop: nothing here is for threads.
+    """
+
+    def __init__(self, connection: "redis.asyncio.Redis", most: int):
+        self.connection, self.free = connection, most
+        self.leaving = asyncio.Event()
+
+    @contextmanager
+    def place(self) -> Generator[bool]:
+        """One of the places, if one is free."""
+        if self.free <= 0:
+            yield False
+            return
+        self.free -= 1
+        try:
+            yield True
+        finally:
+            self.free += 1
+
+    async def follow(self, generation: str, after: str = "0-0") -> AsyncIterator[Event | None]:
+        """Every event after `after` as it comes, to the one that ends it; None after each `PATIENCE` of silence.
+
+        It also ends when this process is leaving: who listened goes on elsewhere.
+        """
+        while not self.leaving.is_set():
+            reading = self.connection.xread({stream(generation): after}, block=int(PATIENCE * 1000))
+            answer = await unless(self.leaving, reading)
+            if not answer:
+                yield None
+                continue
+            entries = answer[0][1] if isinstance(answer, list) else next(iter(answer.values()))[0]
+            for event in parse(cast(list[Any], entries)):  # the stub does not follow RESP2 and RESP3 that far
+                after = event.id
+                yield event
+                if event.name in ENDED:
+                    return
+
+
+async def unless(passed: asyncio.Event, answer: Awaitable[T]) -> T | None:
+    """The answer, or None if `passed` is set before it comes."""
+    tasks = asyncio.ensure_future(answer), asyncio.ensure_future(passed.wait())
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return tasks[0].result() if tasks[0].done() else None
+    finally:
+        for task in tasks:
+            task.cancel()

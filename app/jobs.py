@@ -7,6 +7,7 @@ both live exactly as long as the job does. The function that RQ names is never i
 import hashlib
 import json
 import secrets
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
 import structlog
 from redis import Redis
 from redis.client import Pipeline
+from redis.exceptions import RedisError
 from rq.executions import Execution, ExecutionRegistry
 from rq.job import Job, JobStatus
 from rq.queue import Queue
@@ -130,6 +132,7 @@ class Record(NamedTuple):
 class Jobs:
     def __init__(self, connection: "Redis", blobs: BlobStore, catalog: Catalog, settings: Settings):
         self.connection, self.blobs, self.catalog, self.settings = connection, blobs, catalog, settings
+        self.decoding = threading.BoundedSemaphore(settings.max_decodes)
 
     # -- in
 
@@ -160,7 +163,11 @@ class Jobs:
         if not token:
             self._enqueue(id, parameters, owner)
         log.info("queued", generation=id, model=card.name, task=parameters.task, owner=owner)
-        return self.fetch(id, owner), False
+        try:
+            return self.fetch(id, owner), False
+        except RedisError as error:  # it is stored all the same, and what is stored is acknowledged
+            log.warning("redis_unavailable", generation=id, error=str(error))
+            return as_queued(id, parameters), False
 
     def _card(self, request: GenerationRequest) -> ModelCard:
         if request.model is None:
@@ -175,11 +182,12 @@ class Jobs:
         """The request's pictures, checked, upright, in eight bits, as PNG."""
         if request.image is None:
             return {}
-        image = read_image("image", request.image, self.settings.max_image_pixels)
-        if request.mask is None:
-            return {"image": png_bytes(image)}
-        mask = read_mask("mask", request.mask, image, self.settings.max_image_pixels)
-        return {"image": png_bytes(image), "mask": png_bytes(mask)}
+        with self.decoding:
+            image = read_image("image", request.image, self.settings.max_image_pixels)
+            if request.mask is None:
+                return {"image": png_bytes(image)}
+            mask = read_mask("mask", request.mask, image, self.settings.max_image_pixels)
+            return {"image": png_bytes(image), "mask": png_bytes(mask)}
 
     def _refuse_if_full(self, card: ModelCard) -> None:
         with self.connection.pipeline(transaction=False) as pipe:
@@ -187,10 +195,12 @@ class Jobs:
                 pipe.llen(Queue(queue_name(card.name, priority), connection=self.connection).key)
             pipe.hvals(pace_key(card.name))
             *lengths, paces = pipe.execute()
-        if sum(lengths) >= self.settings.max_queued:
+        waiting, seconds = sum(lengths), seconds_for(sum(lengths), paces) or 0.0
+        too_long = seconds - self.settings.max_queued_seconds.total_seconds()
+        if waiting >= self.settings.max_queued or too_long > 0:
             metrics.REFUSED.labels(card.name).inc()
-            after = seconds_for(1, paces) or 10.0
-            raise QueueFull(f"{sum(lengths)} generations are waiting for {card.name}; nothing was accepted", after)
+            after = max(too_long, seconds_for(1, paces) or 10.0)
+            raise QueueFull(f"{waiting} generations are waiting for {card.name}; nothing was accepted", after)
 
     def _enqueue(self, id: str, parameters: Parameters, owner: str, token: "Token | None" = None) -> str | None:
         """All of it or nothing. Returns the id of the generation that had this idempotency key first, if any."""
@@ -214,6 +224,8 @@ class Jobs:
         queue.get_redis_server_version()  # asked once a connection, outside of the transaction
 
         def write(pipe: Pipeline) -> str | None:
+            if pipe.exists(job.key):  # all was written, and the connection broke before it was answered
+                return None
             if token and (first := token.answered(pipe)):
                 return first
             pipe.multi()
@@ -226,7 +238,7 @@ class Jobs:
             pipe.publish(BELL, "queued")
             return None
 
-        return atomically(self.connection, write, *([token.key] if token else []))
+        return atomically(self.connection, write, job.key, *([token.key] if token else []))
 
     # -- out
 
@@ -244,19 +256,10 @@ class Jobs:
         return self._show(id, record)
 
     def record(self, id: str, owner: str) -> Record:
-        record = next(self._read([id])) if is_id(id) else None
+        record = next(read_records(self.connection, [id])) if is_id(id) else None
         if record is None or record.owner != owner:
             raise NotFound(f"there is no generation {id[:64]!r}; results are kept for {self.settings.result_ttl}")
         return record
-
-    def _read(self, ids: list[str]) -> Iterator[Record | None]:
-        with self.connection.pipeline(transaction=False) as pipe:
-            for id in ids:
-                pipe.hmget(Job.key_for(id), FIELDS)
-                events.latest(pipe, id)
-            answers = pipe.execute()
-        for fields, last in zip(answers[::2], answers[1::2], strict=True):
-            yield parse_record(fields, events.parse(last))
 
     def _show(self, id: str, record: Record) -> Generation:
         position, eta = None, None
@@ -328,7 +331,7 @@ class Jobs:
         key, bound = index_key(owner), f"({before}" if before else "+"
         while ids := self.connection.zrevrangebylex(key, bound, "-", start=0, num=100):
             ids = [events.text(id) for id in ids]
-            for id, record in zip(ids, self._read(ids), strict=True):
+            for id, record in zip(ids, read_records(self.connection, ids), strict=True):
                 if record is None:
                     self.connection.zrem(key, id)
                 else:
@@ -454,6 +457,16 @@ def complete(request: GenerationRequest, card: ModelCard, pictures: dict[str, by
     )
 
 
+def read_records(connection: "Redis", ids: list[str]) -> Iterator[Record | None]:
+    with connection.pipeline(transaction=False) as pipe:
+        for id in ids:
+            pipe.hmget(Job.key_for(id), FIELDS)
+            events.latest(pipe, id)
+        answers = pipe.execute()
+    for fields, last in zip(answers[::2], answers[1::2], strict=True):
+        yield parse_record(fields, events.parse(last))
+
+
 def parse_record(fields: Replies, last: list[events.Event]) -> Record | None:
     """None if the job has gone: RQ may still write a field or two of it."""
     status, data, meta, created_at, started_at, ended_at, attempts = fields
@@ -478,6 +491,23 @@ def standing_of(status: bytes, meta: dict[str, Any]) -> Status:
     """How a generation stands: RQ's status, or, of what has ended, the word that RQ does not have."""
     standing = STATUS[JobStatus(status.decode())]
     return meta.get("outcome", standing) if standing in ("failed", "canceled") else standing
+
+
+def as_queued(id: str, parameters: Parameters) -> Generation:
+    """As much of a generation that was queued just now as is known without Redis."""
+    created = datetime.fromtimestamp(age_of(id), UTC)
+    return Generation(
+        id=id,
+        status="queued",
+        model=parameters.model,
+        created_at=created,
+        position=None,
+        eta=None,
+        resumed_at_step=None,
+        parameters=parameters,
+        attempts=0,
+        timings={},
+    )
 
 
 def overdue(record: Record) -> bool:

@@ -1,9 +1,12 @@
 """Structured logs: JSON for machines, colours for people. One line an event, with the generation's id if it has one."""
 
 import logging
+import re
 import sys
 
 import structlog
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app.settings import Settings
 
@@ -40,3 +43,18 @@ def set_up(settings: Settings) -> None:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     # Each process that imports diffusers is told that torchvision, which we do not use, is missing.
     logging.getLogger("transformers.utils.import_utils").setLevel(logging.ERROR)
+
+
+class RequestId:
+    """A request's `X-Request-ID` in every line that is logged for it, unless it could spoil the log."""
+
+    def __init__(self, app: ASGIApp):
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            id = Headers(scope=scope).get("x-request-id", "")
+            if re.fullmatch(r"[A-Za-z0-9._-]{1,128}", id):
+                # It stays bound: a bug is logged further out. Each request is a task, with a context of its own.
+                structlog.contextvars.bind_contextvars(request_id=id)
+        await self.app(scope, receive, send)

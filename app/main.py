@@ -5,18 +5,23 @@ from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import anyio
 import redis.asyncio
+import redis.exceptions
 import structlog
 from fastapi import FastAPI
 from pydantic.json_schema import models_json_schema
 from redis import Redis
+from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from app import errors, metrics
+from app import errors, events, metrics
+from app.auth import KeyCheck
 from app.jobs import Jobs
 from app.limits import BodyLimit
+from app.logs import RequestId
 from app.routes import generations, health, models
 from app.schemas import Problem
 from app.settings import Settings
@@ -31,20 +36,24 @@ DESCRIPTION = """Pictures from guided diffusion models: queued durably, drawn to
 Errors are RFC 9457 problem documents; `errors` names each wrong field."""
 
 
-LISTENERS = 10_000  # connections to Redis, one for each open stream; redis-py's own limit is 100
+DECODERS = 20  # threads for submissions with pictures; AnyIO's 40 are for everything else
 
 
 class Service(FastAPI):
     def openapi(self) -> dict[str, Any]:
         """With the schema of problem documents: FastAPI knows answers of one media type a route.
 
-        And without its `itemSchema` of a stream's events, which is OpenAPI 3.2 in a document of 3.1.
+        And without its `itemSchema` of a stream's events, which is OpenAPI 3.2 in a document of 3.1; and, where there
+        are no API keys, without the word that one is needed.
         """
         document = super().openapi()
         _, problem = models_json_schema([(Problem, "serialization")], ref_template="#/components/schemas/{model}")
         document["components"]["schemas"] |= problem["$defs"]
         watch = document["paths"]["/v1/generations/{id}/events"]["get"]["responses"]["200"]
         watch["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+        if not self.state.settings.api_keys:
+            for operation in (it for methods in document["paths"].values() for it in methods.values()):
+                operation.pop("security", None)
         return document
 
 
@@ -63,8 +72,10 @@ class HeadAsGet:
 
 def create_app(settings: Settings, redis_url: str) -> FastAPI:
     """The service for these settings; connects to Redis when it is first asked something."""
-    timeout = {"socket_timeout": settings.redis_timeout, "socket_connect_timeout": settings.redis_timeout}
-    connection = Redis.from_url(redis_url, retry=Retry(NoBackoff(), 1), **timeout)
+    # Once more where the connection broke, as it does when Redis restarts; not where it was silent: that took long.
+    once_more = Retry(NoBackoff(), 1, supported_errors=(redis.exceptions.ConnectionError,))
+    connecting = {"retry": once_more, "socket_connect_timeout": settings.redis_timeout}
+    connection = Redis.from_url(redis_url, socket_timeout=settings.redis_timeout, **connecting)
     catalog = Catalog.read(settings.models, settings.cards_dir)
 
     @asynccontextmanager
@@ -72,20 +83,26 @@ def create_app(settings: Settings, redis_url: str) -> FastAPI:
         log.info("api_starts", models=catalog.names, blobs=settings.blobs.partition("://")[0])
         listening = redis.asyncio.Redis.from_url(
             redis_url,
-            socket_timeout=None,
+            retry=AsyncRetry(NoBackoff(), 1, supported_errors=(redis.exceptions.ConnectionError,)),
             socket_connect_timeout=settings.redis_timeout,
-            max_connections=LISTENERS,
+            socket_timeout=events.PATIENCE + settings.redis_timeout,
+            max_connections=settings.max_listeners,  # one each; redis-py's own limit is 100
         )
-        app.state.listening = listening
+        app.state.listeners = events.Listeners(listening, settings.max_listeners)
         yield
         await listening.aclose()
         connection.close()
 
     app = Service(title="Darkroom", version=VERSION, description=DESCRIPTION, lifespan=lifespan, redirect_slashes=False)
     app.state.settings = settings
+    # Who brings a picture waits for its turn to be decoded in a thread of these, not in one that others poll with.
+    app.state.decoders = anyio.CapacityLimiter(DECODERS)
     app.state.jobs = Jobs(connection, open_store(settings.blobs), catalog, settings)
-    app.add_middleware(BodyLimit, largest=int(settings.max_body_mib * 2**20))
+    silence = settings.client_timeout.total_seconds()
+    app.add_middleware(BodyLimit, largest=int(settings.max_body_mib * 2**20), silence=silence)
+    app.add_middleware(KeyCheck, keys=settings.api_keys)
     app.add_middleware(HeadAsGet)
+    app.add_middleware(RequestId)
     errors.install(app)
     for routes in (generations, models, health):
         app.include_router(routes.router)

@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 
+import redis.exceptions
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
@@ -65,20 +66,27 @@ def started(version: str, models: Iterable[str]) -> None:
 
 
 class Waiting(Collector):
-    """The queues' lengths, read at each scrape: they are one truth for all processes."""
+    """The queues' lengths, read at each scrape: they are one truth for all processes. Or that nobody can say."""
 
     def __init__(self, queues: Callable[[], dict[str, tuple[int, float]]]):
         self.queues = queues
 
     def collect(self) -> Iterable[Metric]:
+        up = GaugeMetricFamily("darkroom_redis_up", "1 if Redis answers this process")
+        try:
+            queues = self.queues()
+        except redis.exceptions.RedisError:
+            up.add_metric([], 0)
+            return (up,)
+        up.add_metric([], 1)
         depth = GaugeMetricFamily("darkroom_queue_depth", "Generations waiting", labels=["queue"])
         oldest = GaugeMetricFamily(
             "darkroom_queue_oldest_seconds", "Age of the one that waits longest", labels=["queue"]
         )
-        for queue, (length, seconds) in self.queues().items():
+        for queue, (length, seconds) in queues.items():
             depth.add_metric([queue], length)
             oldest.add_metric([queue], seconds)
-        return depth, oldest
+        return up, depth, oldest
 
 
 def render(*more: Collector) -> bytes:

@@ -50,6 +50,14 @@ class GenerationRequest(BaseModel, frozen=True):
         default_factory=dict, max_length=16, description="Your own labels; returned as they are."
     )
 
+    @field_validator(
+        "n", "width", "height", "num_inference_steps", "seed", "preview_every", "expires_in", mode="before"
+    )
+    @classmethod
+    def _whole(cls, value: object) -> object:
+        """64 for 64.0: one number to JSON Schema, and one spelling to languages without integers."""
+        return int(value) if isinstance(value, float) and value.is_integer() else value
+
     @field_validator("mask", "strength")
     @classmethod
     def _belongs_to_an_image(cls, value: str | float | None, info: ValidationInfo) -> str | float | None:
@@ -123,7 +131,7 @@ class Generation(BaseModel):
 class GenerationFilter(BaseModel, extra="forbid"):
     """Which generations to list."""
 
-    cursor: str | None = Field(None, description="`next_cursor` of the page before.")
+    cursor: str | None = Field(None, pattern="^[0-9a-f]{32}$", description="`next_cursor` of the page before.")
     limit: int = Field(20, ge=1, le=100)
     status: Status | None = None
     model: str | None = None

@@ -56,17 +56,19 @@ class Settings(BaseSettings):
     max_body_mib: float = Field(25, gt=0)  # two 4-megapixel PNGs as base64 fit
     max_image_pixels: int = Field(16_777_216, gt=0)  # 4096 × 4096: decoding more would take the API's memory
     max_wait: Duration = Field(timedelta(seconds=60), ge=timedelta(0))  # never outlasts the usual proxy timeout
-    redis_timeout: float = Field(0.8, gt=0)  # two tries end within the 2 s in which clients are told 503
+    max_listeners: int = Field(1000, ge=1)  # streams and waits at once in one API; each has a connection to Redis
+    max_decodes: int = Field(4, ge=1)  # pictures decoded at once in one API process: 16 megapixels take 100 MB
+    client_timeout: Duration = Field(timedelta(seconds=30), ge=SECOND)  # silence in mid-request, as nginx has it
+    redis_timeout: float = Field(0.8, gt=0)  # to connect and to be silent end within the 2 s until clients are told 503
 
     # Jobs
     max_queued: int = Field(1000, ge=1)  # per model; beyond it clients are told when to come back
+    max_queued_seconds: Duration = Field(timedelta(hours=1), ge=SECOND)  # per model, as measured; who waits longer?
     job_timeout: Duration = Field(timedelta(minutes=30), ge=SECOND)  # the longest a generation may run once started
     result_ttl: Duration = Field(timedelta(hours=1), ge=SECOND)  # clients poll for minutes
     max_attempts: int = Field(3, ge=1)  # one for the request, two for workers that die drawing it alone
     journal_interval: float = Field(2, ge=0)  # seconds of denoising that a kill may cost; 0: no journals
-    journal_mib: float = Field(
-        64, gt=0
-    )  # of a picture's journal; what comes later is not kept. Stable Diffusion: 500 steps
+    journal_mib: float = Field(64, gt=0)  # of a picture's journal; then no more is kept. Stable Diffusion: 500 steps
 
     # Workers
     lease: int = Field(30, ge=2)  # seconds without a sign of life until another takes over; more than the slowest step

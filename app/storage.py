@@ -1,7 +1,9 @@
 """Blobs in a directory or in S3: the pictures that clients sent, the previews and the results."""
 
 import os
+import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -45,8 +47,20 @@ class BlobStore:
         for found in obstore.list(self.store, prefix, chunk_size=1000):
             yield from (blob["path"] for blob in found)
 
+    def folders(self, prefix: str) -> Iterator[str]:
+        """The names of the folders below `prefix`."""
+        for path in obstore.list_with_delimiter(self.store, prefix)["common_prefixes"]:
+            yield path.rpartition("/")[2]
+
     def delete(self, prefix: str) -> None:
-        """Remove every blob below `prefix`, a folder: `a/b` covers `a/b/c` but not `a/bc`. None there is no error."""
+        """Remove every blob below `prefix`, a folder: `a/b` covers `a/b/c` but not `a/bc`. None there is no error.
+
+        In a directory also what a killed writer left half-written, which obstore does not list.
+        """
+        if isinstance(self.store, LocalStore):
+            with suppress(FileNotFoundError):
+                shutil.rmtree(Path(str(self.store.prefix)) / prefix)
+            return
         for found in obstore.list(self.store, prefix, chunk_size=1000):
             obstore.delete(self.store, [blob["path"] for blob in found])
 

@@ -56,11 +56,14 @@ class Server(EmbeddedRedis):
         super().__init__(directory, fsync="no")
 
     def kill(self) -> None:
-        self.part.process.kill()
-        self.part.process.wait()
+        self.process.kill()
+        self.process.wait()
+
+    def start(self) -> None:
+        self.part.start()
 
     def restart(self) -> None:
-        self.part.start()
+        self.start()
         self.part.wait(20)
 
 
@@ -232,7 +235,7 @@ class Lab:
     def statuses(self, ids: Iterable[str]) -> dict[str, str]:
         """As Redis has them now: unlike `fetch`, this ends nothing that is overdue."""
         ids = list(ids)
-        records = self.jobs._read(ids)
+        records = jobs.read_records(self.connection, ids)
         return {id: record.status if record else "gone" for id, record in zip(ids, records, strict=True)}
 
     def count(self, ids: Iterable[str]) -> Counter[str]:

@@ -134,6 +134,15 @@ def test_zero_is_a_seed_and_a_guidance_scale(http: httpx2.Client):
     assert (parameters["seed"], parameters["guidance_scale"]) == (0, 0.0)
 
 
+def test_a_whole_number_may_have_a_decimal_point(http: httpx2.Client):
+    whole = GOOD | {"seed": 7, "n": 2, "preview_every": 1, "expires_in": 60}
+    spelled = {name: float(value) if isinstance(value, int) else value for name, value in whole.items()}
+    assert '"width": 64.0' in json.dumps(spelled)
+    parameters = http.post(URL, json=spelled).json()["parameters"]
+    assert {name: parameters[name] for name in whole} == whole
+    assert isinstance(parameters["width"], int)
+
+
 def test_a_picture_that_was_sent_is_shown_by_its_hash_only(http: httpx2.Client):
     request = GOOD | {"image": picture(), "mask": picture(mode="L", colour=255)}
     parameters = http.post(URL, json=request).json()["parameters"]

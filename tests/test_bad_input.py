@@ -4,13 +4,8 @@ import base64
 import hashlib
 import io
 import json
-import os
-import signal
 import socket
-import subprocess
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,10 +13,9 @@ from urllib.parse import urlsplit
 import httpx2
 import pytest
 from PIL import Image, ImageChops
-from redis import ConnectionError, Redis
+from redis import Redis
 
 from app.local import LocalService
-from app.parts import wait_until
 from app.storage import generation_folder
 from tests.conftest import local_settings
 
@@ -425,79 +419,6 @@ def test_a_full_queue_says_when_to_come_back(tmp_path: Path):
         problem_of(answer, 503, "queue-full")
         assert int(answer.headers["retry-after"]) >= 1
         assert 'darkroom_refused_total{model="emoji-sd"} 1.0' in http.get("/metrics").text
-
-
-# -- Redis away
-
-
-def asked(http: httpx2.Client, method: str, path: str, **what: Any) -> tuple[httpx2.Response, float]:
-    began = time.monotonic()
-    answer = http.request(method, path, **what)
-    return answer, time.monotonic() - began
-
-
-def all_is_refused_in_time(http: httpx2.Client, id: str) -> None:
-    requests: list[tuple[str, str, dict[str, Any]]] = [
-        ("POST", URL, {"json": GOOD}),
-        ("POST", URL, {"json": GOOD, "headers": {"Idempotency-Key": "a", "Prefer": "wait=20"}}),
-        ("GET", URL, {}),
-        ("GET", f"{URL}/{id}", {}),
-        ("DELETE", f"{URL}/{id}", {}),
-        ("GET", f"{URL}/{id}/events", {}),
-        ("GET", f"{URL}/{id}/images/0", {}),
-        ("GET", "/readyz", {}),
-    ]
-    with ThreadPoolExecutor(len(requests)) as clients:
-        answers = [clients.submit(asked, http, method, path, **what) for method, path, what in requests]
-        assert http.get("/livez").status_code == 200
-        for answer, seconds in (future.result() for future in answers):
-            problem_of(answer, 503, "store-unavailable")
-            assert "retry-after" in answer.headers
-            assert seconds < 2, f"{answer.request.method} {answer.url} took {seconds:.2f} s"
-
-
-def answers(redis: Redis) -> bool:
-    try:
-        return bool(redis.ping())
-    except ConnectionError:  # not there yet, or loading
-        return False
-
-
-def comes_back(http: httpx2.Client, id: str) -> None:
-    assert http.get("/readyz").status_code == 200
-    assert http.get(f"{URL}/{id}").json()["status"] == "queued"
-    assert http.post(URL, json=GOOD).status_code == 202
-
-
-def test_without_redis_clients_are_told_so_and_it_comes_back_without_a_restart(tmp_path: Path):
-    with LocalService(local_settings(tmp_path), workers=0) as service:
-        server = service.parts["valkey"].process
-        with httpx2.Client(base_url=service.url, timeout=30) as http:
-            id = http.post(URL, json=GOOD).json()["id"]
-
-            os.kill(server.pid, signal.SIGSTOP)  # it accepts connections, and says nothing
-            try:
-                all_is_refused_in_time(http, id)
-            finally:
-                os.kill(server.pid, signal.SIGCONT)
-            comes_back(http, id)
-
-            with http.stream("GET", f"{URL}/{id}/events") as stream:
-                lines = stream.iter_lines()
-                assert next(lines) == "event: queued"
-                time.sleep(1.1)  # what the server has been told is on its disk every second
-                server.kill()
-                server.wait()
-                assert "event: failed" not in list(lines)  # it ends without an end: the client will come back
-            all_is_refused_in_time(http, id)
-            again = subprocess.Popen(server.args)
-            try:
-                with Redis.from_url(service.redis_url) as redis:
-                    wait_until(lambda: answers(redis), again, 10, "the server")
-                comes_back(http, id)
-            finally:
-                again.terminate()
-                again.wait()
 
 
 # -- and then

@@ -192,7 +192,8 @@ class Leases:
 
     def end(self, seat: Seat, status: str, meta: dict[str, Any], keep: int, outcome: str) -> bool:
         """Give the job its end. False if it is no longer ours."""
-        ended_at = moment(self.clock.time())
+        seat.job.ended_at = datetime.fromtimestamp(self.clock.time(), UTC)  # RQ writes it once more
+        ended_at = utcformat(seat.job.ended_at)
         keys = [seat.leases, seat.job.key, events.stream(seat.job.id)]
         lease = seat.execution.composite_key
         return bool(self._end(keys, [lease, self.worker, status, ended_at, json.dumps(meta), keep, outcome]))

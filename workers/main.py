@@ -5,6 +5,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -17,6 +18,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from app import metrics
+from app.retention import Sweeper
 from app.settings import Settings
 from app.storage import open_store
 from models.catalog import Catalog, ModelCard
@@ -43,7 +45,7 @@ def run(settings: Settings, redis_url: str, last_words: Path | None = None, outa
             `EX_TEMPFAIL` if Redis has been away for longer than `outage` seconds.
     """
     try:
-        serve(settings, connect(redis_url, outage), connect(redis_url, outage))
+        serve(settings, partial(connect, redis_url, outage))
     except ModelUnavailable as error:
         log.error("worker_gives_up", error=str(error))
         if last_words:
@@ -54,11 +56,14 @@ def run(settings: Settings, redis_url: str, last_words: Path | None = None, outa
         raise SystemExit(os.EX_TEMPFAIL) from None
 
 
-def serve(settings: Settings, connection: "Redis", for_reports: "Redis") -> None:
+def serve(settings: Settings, connected: Callable[[], "Redis"]) -> None:
+    """`connected` makes a connection for each thread that has something to say."""
     device = settings.device if settings.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(settings.torch_threads or torch.get_num_threads())  # before other threads ask for fewer
     catalog = Catalog.read(settings.models, settings.cards_dir)
-    reporter = Reporter(for_reports)
+    connection, reporter = connected(), Reporter(connected())
+    blobs, clock = open_store(settings.blobs), Clock()
+    sweeper = Sweeper(connected(), blobs, settings.result_ttl)
     residency = Residency(
         catalog,
         lambda card: resident(card, device),
@@ -66,7 +71,6 @@ def serve(settings: Settings, connection: "Redis", for_reports: "Redis") -> None
         settings.pinned_models,
         settings.max_rows,
     )
-    blobs, clock = open_store(settings.blobs), Clock()
     journal = None
     if settings.journal_interval:
         journal = Journal(blobs, torch.device(device), settings.journal_interval, settings.journal_mib * MIB)
@@ -92,6 +96,7 @@ def serve(settings: Settings, connection: "Redis", for_reports: "Redis") -> None
     try:
         worker.work()
     finally:
+        sweeper.close()
         studio.close()
         reporter.close()
         log.info("worker_ends")

@@ -134,6 +134,7 @@ class Residency:
         self._show_memory()
         took = time.perf_counter() - began
         metrics.MODEL_LOAD.labels(model).set(took)
+        metrics.STEPS_SAVED.labels(model)
         metrics.BATCH_WIDTH.labels(model).set(warm.width)
         for net, curve in curves.items():
             for rows, seconds in curve.seconds.items():

@@ -4,9 +4,11 @@ import asyncio
 import re
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from functools import partial
 from typing import Annotated, Any
 from urllib.parse import urlencode
 
+import anyio.to_thread
 import redis.exceptions
 import structlog
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
@@ -15,7 +17,7 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from app import events
 from app.auth import Owner
-from app.errors import InvalidRequest, NotFound, UnsupportedMediaType
+from app.errors import NotFound, TooManyListeners, UnsupportedMediaType
 from app.files import file_response
 from app.images import MEDIA_TYPES
 from app.jobs import Jobs, Record
@@ -46,6 +48,7 @@ PROBLEMS: Responses = {
 SUBMITTED: Responses = {
     200: {"model": Generation, "description": "It has ended: `Prefer: wait`, or the same `Idempotency-Key` again"},
     400: problem("The body is not a JSON object"),
+    408: problem("The body stopped coming"),
     413: problem("The body is too large"),
     415: problem("The body is not `application/json`"),
     503: problem("The queue is full or does not answer; `Retry-After`"),
@@ -67,6 +70,10 @@ def settings(request: Request) -> Settings:
     return request.app.state.settings
 
 
+def listeners(request: Request) -> events.Listeners:
+    return request.app.state.listeners
+
+
 def json_only(request: Request) -> None:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
@@ -83,9 +90,14 @@ def seconds_to_wait(
 
 
 JobsDep = Annotated[Jobs, Depends(jobs)]
+ListenersDep = Annotated[events.Listeners, Depends(listeners)]
 IdempotencyKey = Annotated[
     str | None,
     Header(alias="Idempotency-Key", min_length=1, max_length=256, description="Same key, same body: the same answer"),
+]
+LastEventId = Annotated[
+    str,
+    Header(alias="Last-Event-ID", pattern="^[0-9]{1,19}-[0-9]{1,19}$", description="Where a broken stream is to go on"),
 ]
 Number = Annotated[int, Path(ge=0, le=9999)]
 
@@ -96,15 +108,20 @@ async def create(
     request: Request,
     response: Response,
     jobs: JobsDep,
+    listeners: ListenersDep,
     owner: Owner,
     wait: Annotated[int, Depends(seconds_to_wait)],
     idempotency_key: IdempotencyKey = None,
 ) -> Generation:
     """Queue a generation."""
-    generation, replayed = await run_in_threadpool(jobs.submit, body, owner, idempotency_key)
+    threads = request.app.state.decoders if body.image is not None else None
+    submit = partial(jobs.submit, body, owner, idempotency_key)
+    generation, replayed = await anyio.to_thread.run_sync(submit, limiter=threads)
     if wait:
-        generation = await until_ended(request, jobs, generation.id, owner, wait)
-        response.headers["Preference-Applied"] = f"wait={wait}"
+        with listeners.place() as free:
+            if free:
+                generation = await until_ended(request, jobs, listeners, generation, owner, wait)
+                response.headers["Preference-Applied"] = f"wait={wait}"
     if generation.status in events.ENDED:
         response.status_code = 200
     else:
@@ -145,31 +162,28 @@ async def record(id: str, jobs: JobsDep, owner: Owner) -> Record:
     return await run_in_threadpool(jobs.record, id, owner)
 
 
-def resume_after(
-    last_event_id: Annotated[
-        str | None, Header(alias="Last-Event-ID", description="Where a broken stream is to go on")
-    ] = None,
-) -> str:
-    if last_event_id is not None and not re.fullmatch(r"\d{1,19}-\d{1,19}", last_event_id):
-        raise InvalidRequest([("Last-Event-ID", "not one of ours")])
-    return last_event_id or "0-0"
+async def place(listeners: ListenersDep) -> AsyncIterator[None]:
+    with listeners.place() as free:
+        if not free:
+            raise TooManyListeners("this server has as many streams open as it may; ask again, or poll")
+        yield
 
 
-@router.get("/{id}/events", response_class=EventSourceResponse, responses=MISSING)
+@router.get("/{id}/events", dependencies=[Depends(place)], response_class=EventSourceResponse, responses=MISSING)
 async def watch(
     id: str,
-    request: Request,
     jobs: JobsDep,
+    listeners: ListenersDep,
     owner: Owner,
     record: Annotated[Record, Depends(record)],
-    after: Annotated[str, Depends(resume_after)],
+    after: LastEventId = "0-0",
 ) -> AsyncIterator[ServerSentEvent]:
     """Progress and previews as server-sent events; the last one holds the generation."""
     if record.status in events.ENDED and (record.last is None or not newer(record.last.id, after)):
         yield await ending(id, jobs, owner)
         return
     try:
-        async for event in events.follow(request.app.state.listening, id, after):
+        async for event in listeners.follow(id, after):
             if event is not None and event.name not in events.ENDED:
                 yield ServerSentEvent(data=event.data, event=event.name, id=event.id)
             elif event is not None or (await run_in_threadpool(jobs.record, id, owner)).status in events.ENDED:
@@ -222,15 +236,22 @@ def preview(id: str, number: Number, step: Number, request: Request, jobs: JobsD
     )
 
 
-async def until_ended(request: Request, jobs: Jobs, id: str, owner: str, seconds: int) -> Generation:
-    """The generation when it has ended, or as it stands when the time is up or the client has gone."""
+async def until_ended(
+    request: Request, jobs: Jobs, listeners: events.Listeners, generation: Generation, owner: str, seconds: int
+) -> Generation:
+    """The generation when it has ended, or as it stands when the time is up, the client has gone or we have to go."""
+    id = generation.id
 
     async def listen() -> None:
-        async for event in events.follow(request.app.state.listening, id):
+        async for event in listeners.follow(id):
             ended = event is None and (await run_in_threadpool(jobs.record, id, owner)).status in events.ENDED
             if ended or await request.is_disconnected():
                 return
 
-    with suppress(TimeoutError):
-        await asyncio.wait_for(listen(), seconds)
-    return await run_in_threadpool(jobs.fetch, id, owner)
+    try:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(listen(), seconds)
+        return await run_in_threadpool(jobs.fetch, id, owner)
+    except redis.exceptions.RedisError as error:  # it was accepted, and stays so
+        log.warning("wait_cut", generation=id, error=str(error))
+        return generation

@@ -25,7 +25,7 @@ def readyz(jobs: JobsDep) -> str:
     return "ready"
 
 
-@router.get("/metrics", response_class=PlainTextResponse, responses=NOT_READY)
+@router.get("/metrics", response_class=PlainTextResponse)
 def scrape(jobs: JobsDep) -> Response:
-    """Prometheus metrics, of all processes that share this one's directory."""
+    """Prometheus metrics, of all processes that share this one's directory; also while Redis is away."""
     return Response(metrics.render(metrics.Waiting(jobs.waiting)), media_type="text/plain; version=0.0.4")

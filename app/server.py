@@ -1,0 +1,66 @@
+"""uvicorn, for clients that are slow and for restarts that nobody notices."""
+
+import asyncio
+import socket
+from typing import Any, cast
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+LOOKS = 4  # in each `client_timeout`
+
+
+def serve(app: FastAPI, host: str, port: int) -> None:
+    """Until SIGTERM or SIGINT."""
+    Server(
+        uvicorn.Config(
+            app,
+            host=host,
+            port=port,
+            http=Connection,
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=10,  # what is left then is cut: submissions that a store keeps waiting
+        )
+    ).run()
+
+
+class Server(uvicorn.Server):
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Whoever waits or listens is answered first: uvicorn tells the app only when all connections have ended."""
+        for server in self.servers:
+            server.close()
+        cast(FastAPI, self.config.app).state.listeners.leaving.set()
+        await asyncio.sleep(0.1)  # what was accepted just now is read, and begins
+        await super().shutdown(sockets)
+
+
+class Connection(H11Protocol):
+    """Cuts a client that leaves its request unfinished or its answer unread: uvicorn waits as long as it takes.
+
+    Only the transport can: to close it is to wait until all has been read. (Of a body, `BodyLimit` takes care.)
+    """
+
+    left = 0  # bytes that the client had not read when we last looked
+    idle = 0  # looks since it last did anything that we wait for
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.look_again()
+
+    def look_again(self) -> None:
+        timeout: Any = cast(FastAPI, self.config.app).state.settings.client_timeout
+        self.loop.call_later(timeout.total_seconds() / LOOKS, self.look)
+
+    def look(self) -> None:
+        left, before = self.transport.get_write_buffer_size(), self.left
+        if self.transport.is_closing() and not left:
+            return
+        between_requests = getattr(self.cycle, "response_complete", True)  # there is no cycle before the first
+        waited_for = left >= before if left else between_requests
+        self.left, self.idle = left, self.idle + 1 if waited_for else 0
+        if self.idle > LOOKS:
+            self.transport.abort()
+        else:
+            self.look_again()
