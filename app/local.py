@@ -4,6 +4,7 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -66,6 +67,11 @@ class EmbeddedRedis:
             signal.SIGTERM,  # it saves what it has
         )
         self.part.wait(10)
+
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        """The one at present."""
+        return self.part.process
 
     def stop(self) -> None:
         self.part.stop()

@@ -56,8 +56,8 @@ class Server(EmbeddedRedis):
         super().__init__(directory, fsync="no")
 
     def kill(self) -> None:
-        self.part.process.kill()
-        self.part.process.wait()
+        self.process.kill()
+        self.process.wait()
 
     def start(self) -> None:
         self.part.start()
