@@ -10,6 +10,7 @@ ServiceError
  ├─ NotFound 404               no such thing, or not yours
  ├─ MethodNotAllowed 405       `Allow` says which are
  ├─ NotCancelable 409          it has ended already
+ ├─ NotRequeueable 409         for operators: it has not failed
  ├─ IdempotencyConflict 422    the key was used with another body
  ├─ RangeNotSatisfiable 416    the picture has no such bytes
  ├─ QueueFull 503              with Retry-After
@@ -95,6 +96,10 @@ class MethodNotAllowed(ServiceError):
 
 class NotCancelable(ServiceError):
     status, kind = 409, "not-cancelable"
+
+
+class NotRequeueable(ServiceError):
+    status, kind = 409, "not-requeueable"
 
 
 class IdempotencyConflict(ServiceError):

@@ -10,7 +10,7 @@ import secrets
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
@@ -271,13 +271,7 @@ class Jobs:
         return record
 
     def _read(self, ids: list[str]) -> Iterator[Record | None]:
-        with self.connection.pipeline(transaction=False) as pipe:
-            for id in ids:
-                pipe.hmget(Job.key_for(id), FIELDS)
-                events.latest(pipe, id)
-            answers = pipe.execute()
-        for fields, last in zip(answers[::2], answers[1::2], strict=True):
-            yield parse_record(fields, events.parse(last))
+        return read(self.connection, ids)
 
     def _show(self, id: str, record: Record) -> Generation:
         position, eta = None, None
@@ -472,6 +466,17 @@ def complete(request: GenerationRequest, card: ModelCard, pictures: dict[str, by
         strength=strength,
         **{field: f"sha256:{hashlib.sha256(png).hexdigest()}" for field, png in pictures.items()},
     )
+
+
+def read(connection: "Redis", ids: Sequence[str]) -> Iterator[Record | None]:
+    """The record of each, or None where there is none any more."""
+    with connection.pipeline(transaction=False) as pipe:
+        for id in ids:
+            pipe.hmget(Job.key_for(id), FIELDS)
+            events.latest(pipe, id)
+        answers = pipe.execute()
+    for fields, last in zip(answers[::2], answers[1::2], strict=True):
+        yield parse_record(fields, events.parse(last))
 
 
 def parse_record(fields: Replies, last: list[events.Event]) -> Record | None:
