@@ -86,7 +86,11 @@ class Part:
         Raises:
             StartFailed: it ended, or takes longer.
         """
-        wait_until(self.look, self.process, seconds, self.name)
+        try:
+            wait_until(self.look, self.process, seconds, self.name)
+        except StartFailed:
+            self.look()  # it may have ended just after we looked, with a reason
+            raise
 
     def tend(self, say: Callable[[str], None]) -> bool:
         """If it has ended, begin it again, in a while. Returns whether this is when we learned of its end.
@@ -98,8 +102,8 @@ class Part:
             if time.monotonic() >= self.back_at:
                 self.start()
             return False
-        self.look()
         status = self.process.poll()
+        self.look()
         if status is None:
             return False
         if self.was_ready:
