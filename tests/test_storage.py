@@ -154,7 +154,8 @@ def test_deleting_leaves_no_empty_folders(tmp_path: Path):
     store.delete(generation_folder("g1"))
     assert [path.name for path in (tmp_path / "generations").iterdir()] == ["g2"]
     store.delete(generation_folder("g2"))
-    assert not list((tmp_path / "generations").iterdir())
+    assert tmp_path.is_dir()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_reader_never_sees_half_a_blob(tmp_path: Path):
