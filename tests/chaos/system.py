@@ -56,13 +56,6 @@ class Valkey(Server):
         self.process = spawn(list(self.process.args), dict(os.environ), signal.SIGTERM)
 
 
-class Network(Proxy):
-    def _reset(self) -> None:
-        """But for those that were closed a moment ago: there is no socket left to reset."""
-        self.open = {writer for writer in self.open if writer.get_extra_info("socket").fileno() >= 0}
-        super()._reset()
-
-
 @dataclass
 class Part:
     """An API or a worker, whichever process it is at present."""
@@ -121,7 +114,7 @@ class System:
         self.clock = FAKETIME if workers > 1 else None
         self.valkey = Valkey(directory / "valkey")
         self.redis = Redis.from_url(self.valkey.url)
-        self.proxy = Network(self.valkey.url)
+        self.proxy = Proxy(self.valkey.url)
         self.exits: Counter[tuple[str, int]] = Counter()
         self.restarts: Counter[str] = Counter()
         self.thaws: dict[Path, float] = {}
