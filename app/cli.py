@@ -5,13 +5,19 @@ import signal
 import sys
 import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from app.settings import Settings, read_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from app.dead import Dead
 
 cli = typer.Typer(
     no_args_is_help=True,
@@ -34,7 +40,8 @@ def up(
     with_parent: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
     """Serve until Ctrl-C: an embedded Valkey, the API and workers."""
-    from app.local import LocalService, StartFailed
+    from app.local import LocalService
+    from app.parts import StartFailed
 
     end_with_parent(with_parent)
     settings = read_settings(host=host, port=port, data_dir=data_dir)
@@ -48,7 +55,7 @@ def up(
             console.print(
                 f"[bold green]ready[/] {service.url} · interactive docs at {service.url}/docs · Ctrl-C stops it"
             )
-            service.watch()
+            service.watch(lambda line: console.print(line, soft_wrap=True, highlight=False))
     except KeyboardInterrupt:
         console.print("stopped")
     except StartFailed as error:
@@ -70,7 +77,7 @@ def api(host: Annotated[str | None, HOST] = None, port: Annotated[int | None, PO
 
 
 @cli.command()
-def worker() -> None:
+def worker(last_words: Annotated[Path | None, typer.Option(hidden=True)] = None) -> None:
     """Run one worker; REDIS_URL says where the queue is."""
     settings = read_settings()
     check_cards(settings)
@@ -80,7 +87,7 @@ def worker() -> None:
     logs.set_up(settings)
     from workers.main import run
 
-    run(settings, redis_url)
+    run(settings, redis_url, last_words)
 
 
 @cli.command()
@@ -108,7 +115,8 @@ def generate(
 ) -> None:
     """Draw a picture: on a running service or, with none, on one that is started for it."""
     from app.client import Client, Refused, encoded
-    from app.local import LocalService, StartFailed
+    from app.local import LocalService
+    from app.parts import StartFailed
 
     end_with_parent(with_parent)
     request = {
@@ -150,39 +158,6 @@ def generate(
 
 
 @cli.command()
-def dead(
-    requeue: Annotated[str | None, typer.Option(metavar="ID", help="Queue this one again.")] = None,
-    traceback: Annotated[str | None, typer.Option(metavar="ID", help="Show what its worker saw.")] = None,
-) -> None:
-    """List the generations that failed, of all owners; REDIS_URL says where the queue is."""
-    from redis import Redis
-
-    from app import dead_letters
-    from app.errors import ServiceError
-    from models.catalog import Catalog
-
-    settings = read_settings()
-    check_cards(settings)
-    out = Console()
-    with Redis.from_url(required_redis(settings)) as connection:
-        try:
-            if requeue:
-                dead_letters.requeue(connection, requeue)
-                out.print(f"{requeue} is queued again", highlight=False)
-            elif traceback:
-                out.print(dead_letters.traceback(connection, traceback), highlight=False, markup=False)
-            else:
-                table = Table("id", "failed at", "model", "owner", "attempts", "reason")
-                for letter in dead_letters.dead_letters(connection, Catalog.read(settings.models, settings.cards_dir)):
-                    failed_at = f"{letter.failed_at:%Y-%m-%d %H:%M:%S}" if letter.failed_at else ""
-                    reason = f"{letter.error.type}: {letter.error.detail}"
-                    table.add_row(letter.id, failed_at, letter.model, letter.owner, str(letter.attempts), reason)
-                out.print(table)
-        except ServiceError as error:
-            raise SystemExit(str(error)) from None
-
-
-@cli.command()
 def models() -> None:
     """List the models that there are cards for."""
     from models.catalog import CARDS, read_cards
@@ -196,10 +171,48 @@ def models() -> None:
     Console().print(table)
 
 
+@cli.command()
+def dead(
+    requeue: Annotated[str | None, typer.Option(metavar="ID", help="Queue this one again.")] = None,
+    traceback: Annotated[str | None, typer.Option(metavar="ID", help="What this one ended with.")] = None,
+) -> None:
+    """List the generations that failed, or look at one, or queue one again."""
+    from redis.exceptions import RedisError
+
+    from app import dead as letters
+    from app.connection import connect
+    from app.errors import ServiceError
+
+    settings = read_settings()
+    try:
+        with connect(required_redis(settings), settings.redis_timeout) as connection:
+            if requeue:
+                letters.requeue(connection, requeue, settings.max_attempts)
+                console.print(f"{requeue} is queued again", highlight=False)
+            if traceback:
+                typer.echo(letters.traceback_of(connection, traceback))
+            if not (requeue or traceback):
+                print_letters(letters.dead(connection))
+    except ServiceError as error:
+        raise SystemExit(error.detail) from None
+    except RedisError as error:
+        raise SystemExit(f"Redis does not answer: {error}") from None
+
+
+def print_letters(letters: "Iterable[Dead]") -> None:
+    table = Table("id", "model", "owner", "attempts", "ended", "reason")
+    table.columns[0].no_wrap = True
+    for letter in letters:
+        ended = f"{letter.ended_at:%Y-%m-%d %H:%M:%S}" if letter.ended_at else ""
+        reason = escape(f"{letter.reason.type}: {letter.reason.detail}")
+        table.add_row(letter.id, letter.model, escape(letter.owner), str(letter.attempts), ended, reason)
+    Console().print(table)
+
+
 def end_with_parent(wanted: bool) -> None:
     """For `make`: killed, it must not leave us behind."""
     if wanted:
-        from app.local import die_with_parent
+        from app.parts import die_with_parent
 
         die_with_parent(os.getppid(), signal.SIGTERM)
 

@@ -10,7 +10,7 @@ ServiceError
  ├─ NotFound 404               no such thing, or not yours
  ├─ MethodNotAllowed 405       `Allow` says which are
  ├─ NotCancelable 409          it has ended already
- ├─ NotRequeueable 409         it has not failed
+ ├─ NotRequeueable 409         for operators: it has not failed
  ├─ IdempotencyConflict 422    the key was used with another body
  ├─ RangeNotSatisfiable 416    the picture has no such bytes
  ├─ QueueFull 503              with Retry-After

@@ -10,12 +10,13 @@ import secrets
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
 
 import structlog
+from obstore.exceptions import BaseError as BlobStoreError
 from redis import Redis
 from redis.client import Pipeline
 from redis.exceptions import RedisError
@@ -42,7 +43,7 @@ from app.schemas import (
     merged,
 )
 from app.settings import Settings
-from app.storage import BlobStore, input_key
+from app.storage import BlobStore, generation_folder, input_key
 from models.catalog import Catalog, ModelCard
 
 log = structlog.get_logger()
@@ -156,8 +157,7 @@ class Jobs:
         pictures = self._pictures(request)
         parameters = complete(request, card, pictures)
         self._refuse_if_full(card)
-        for field, png in pictures.items():
-            self.blobs.save(input_key(id, field), png)
+        self._store(id, pictures)
         if token and (first := self._enqueue(id, parameters, owner, token)):
             return self.fetch(first, owner), True
         if not token:
@@ -188,6 +188,15 @@ class Jobs:
                 return {"image": png_bytes(image)}
             mask = read_mask("mask", request.mask, image, self.settings.max_image_pixels)
             return {"image": png_bytes(image), "mask": png_bytes(mask)}
+
+    def _store(self, id: str, pictures: dict[str, bytes]) -> None:
+        try:
+            for field, png in pictures.items():
+                self.blobs.save(input_key(id, field), png)
+        except BlobStoreError:
+            with suppress(BlobStoreError):  # away altogether; retention will find what is there
+                self.blobs.delete(generation_folder(id))  # or the first of two keeps the room on a full disk
+            raise
 
     def _refuse_if_full(self, card: ModelCard) -> None:
         with self.connection.pipeline(transaction=False) as pipe:
@@ -457,7 +466,8 @@ def complete(request: GenerationRequest, card: ModelCard, pictures: dict[str, by
     )
 
 
-def read_records(connection: "Redis", ids: list[str]) -> Iterator[Record | None]:
+def read_records(connection: "Redis", ids: Sequence[str]) -> Iterator[Record | None]:
+    """The record of each, or None where there is none any more."""
     with connection.pipeline(transaction=False) as pipe:
         for id in ids:
             pipe.hmget(Job.key_for(id), FIELDS)

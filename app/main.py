@@ -11,14 +11,13 @@ import redis.exceptions
 import structlog
 from fastapi import FastAPI
 from pydantic.json_schema import models_json_schema
-from redis import Redis
-from redis.asyncio.retry import Retry as AsyncRetry
+from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.retry import Retry
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app import errors, events, metrics
 from app.auth import KeyCheck
+from app.connection import connect
 from app.jobs import Jobs
 from app.limits import BodyLimit
 from app.logs import RequestId
@@ -72,10 +71,7 @@ class HeadAsGet:
 
 def create_app(settings: Settings, redis_url: str) -> FastAPI:
     """The service for these settings; connects to Redis when it is first asked something."""
-    # Once more where the connection broke, as it does when Redis restarts; not where it was silent: that took long.
-    once_more = Retry(NoBackoff(), 1, supported_errors=(redis.exceptions.ConnectionError,))
-    connecting = {"retry": once_more, "socket_connect_timeout": settings.redis_timeout}
-    connection = Redis.from_url(redis_url, socket_timeout=settings.redis_timeout, **connecting)
+    connection = connect(redis_url, settings.redis_timeout)
     catalog = Catalog.read(settings.models, settings.cards_dir)
 
     @asynccontextmanager
@@ -83,7 +79,7 @@ def create_app(settings: Settings, redis_url: str) -> FastAPI:
         log.info("api_starts", models=catalog.names, blobs=settings.blobs.partition("://")[0])
         listening = redis.asyncio.Redis.from_url(
             redis_url,
-            retry=AsyncRetry(NoBackoff(), 1, supported_errors=(redis.exceptions.ConnectionError,)),
+            retry=Retry(NoBackoff(), 1, supported_errors=(redis.exceptions.ConnectionError,)),
             socket_connect_timeout=settings.redis_timeout,
             socket_timeout=events.PATIENCE + settings.redis_timeout,
             max_connections=settings.max_listeners,  # one each; redis-py's own limit is 100

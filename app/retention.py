@@ -1,9 +1,12 @@
-"""Blobs go when their generations have gone: Redis forgets by itself, a blob store must be told."""
+"""Nothing is kept for ever: files in the blob store go when Redis has forgotten their generation."""
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
+from itertools import islice, takewhile
 
 import structlog
 from obstore.exceptions import BaseError as BlobStoreError
@@ -16,61 +19,77 @@ from app.storage import BlobStore, generation_folder
 
 log = structlog.get_logger()
 
-LOCK = "darkroom:sweeping"
-SHORTEST_GRACE, LONGEST_GRACE = timedelta(minutes=1), timedelta(hours=1)  # pictures are stored before they are queued
-SHARE = 10  # a tenth of the time that results are kept lies between two sweeps,
-SOONEST, LATEST = timedelta(seconds=10), timedelta(minutes=10)  # but neither less nor more than this
-AT_ONCE = 500  # generations asked for in one round trip
+GENERATIONS = generation_folder("").rstrip("/")
+LOCK = "darkroom:sweep"
+SWEEPS = 4  # in each `result_ttl`, so that a file outlives its generation by a quarter at most
+SOONEST, LATEST = timedelta(minutes=1), timedelta(hours=1)  # between two sweeps, whatever the `result_ttl`
+GRACE = timedelta(minutes=10)  # pictures are stored before their generation is queued, and a slow store takes its time
+CHUNK = 500  # folders that Redis is asked about at once
+AT_ONCE = 8  # folders deleted at once: in S3 each takes two requests
 
 
 class Sweeper:
-    """Sweeps now and then, in a thread of its own; of all workers one at a time."""
+    """Sweeps now and then, one of all workers at a time."""
 
     def __init__(self, connection: "Redis", blobs: BlobStore, result_ttl: timedelta):
         self.connection, self.blobs = connection, blobs
-        self.grace = min(max(result_ttl, SHORTEST_GRACE), LONGEST_GRACE)
-        self.pause = min(max(result_ttl / SHARE, SOONEST), LATEST).total_seconds()
-        self.stopped = threading.Event()
-        self.thread = threading.Thread(target=self._run, name="sweeper", daemon=True)
-        self.thread.start()
+        self.keep = max(result_ttl, GRACE)
+        self.pause = int(min(max(result_ttl / SWEEPS, SOONEST), LATEST).total_seconds())
+        self.next_look = 0.0
 
-    def close(self) -> None:
-        self.stopped.set()
+    def run(self, stopped: threading.Event) -> None:
+        """Until told otherwise, in a thread of its own: deleting takes time."""
+        while not stopped.wait(self.pause / SWEEPS):
+            self.maybe_sweep()
 
-    def _run(self) -> None:
-        while not self.stopped.wait(self.pause):
-            try:
-                if self.connection.set(LOCK, "1", nx=True, px=int(self.pause * 1000)):
-                    swept = sweep(self.connection, self.blobs, self.grace)
-                    log.info("swept", generations=swept)
-            except (RedisError, BlobStoreError, OSError) as error:
-                log.warning("not_swept", error=str(error))  # the next one does it
+    def maybe_sweep(self) -> int:
+        """Sweep if it is time and nobody else does; returns how many generations' files went.
+
+        Cheap if not. What fails is logged, and tried again the next time.
+        """
+        if time.monotonic() < self.next_look:
+            return 0
+        self.next_look = time.monotonic() + self.pause / SWEEPS
+        try:
+            if not self.connection.set(LOCK, 1, nx=True, ex=self.pause):  # held by who sweeps, or did a moment ago
+                return 0
+            return sum(self._held(sweep(self.connection, self.blobs, self.keep)))
+        except (RedisError, BlobStoreError, OSError) as error:
+            log.warning("sweep_failed", error=str(error))
+            return 0
+
+    def _held(self, counts: Iterable[int]) -> Iterator[int]:
+        for count in counts:
+            self.connection.expire(LOCK, self.pause)
+            log.info("swept", generations=count)
+            yield count
 
 
-def sweep(connection: "Redis", blobs: BlobStore, grace: timedelta) -> int:
-    """Delete what the store has of generations that Redis no longer knows; returns how many.
+def sweep(connection: "Redis", blobs: BlobStore, keep: timedelta) -> Iterator[int]:
+    """Remove the folders of generations that are older than `keep` and that Redis has forgotten.
 
-    Those younger than `grace` may not have come to Redis yet. Killed half-way, the next sweep does the rest.
+    Yields how many, chunk by chunk. To be stopped anywhere, or to run twice at once, does no harm.
     """
-    swept, before = 0, time.time() - grace.total_seconds()
-    for ids in batches(id for id in blobs.folders("generations") if is_id(id) and age_of(id) < before):
-        with connection.pipeline(transaction=False) as pipe:
-            for id in ids:
-                pipe.exists(Job.key_for(id))
-            known = pipe.execute()
-        for id, exists in zip(ids, known, strict=True):
-            if not exists:
-                blobs.delete(generation_folder(id))
-                swept += 1
-    return swept
+    before = time.time() - keep.total_seconds()
+    ids = filter(is_id, blobs.folders(GENERATIONS))
+    old = takewhile(lambda id: age_of(id) < before, ids)  # ids sort by age
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        while chunk := list(islice(old, CHUNK)):
+            forgotten = [id for id, known in zip(chunk, exist(connection, chunk), strict=True) if not known]
+            yield sum(threads.map(lambda id: remove(blobs, id), forgotten))
+    blobs.delete_unfinished(older_than=keep)
 
 
-def batches(ids: Iterator[str]) -> Iterator[list[str]]:
-    batch = list[str]()
-    for id in ids:
-        batch.append(id)
-        if len(batch) == AT_ONCE:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+def remove(blobs: BlobStore, id: str) -> bool:
+    with suppress(FileNotFoundError):  # another sweeper was faster; if it dies now, the next has the rest
+        blobs.delete(generation_folder(id))
+        return True
+    return False
+
+
+def exist(connection: "Redis", ids: Iterable[str]) -> list[bool]:
+    """Whether Redis knows of each."""
+    with connection.pipeline(transaction=False) as pipe:
+        for id in ids:
+            pipe.exists(Job.key_for(id))
+        return [bool(known) for known in pipe.execute()]

@@ -1,19 +1,22 @@
 """Blobs in a directory or in S3: the pictures that clients sent, the previews and the results."""
 
 import os
+import re
 import shutil
+import time
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import obstore
+from obstore.exceptions import GenericError
 from obstore.store import LocalStore, ObjectStore, S3Store
 
 from app.schemas import OutputFormat
 
+UNFINISHED = re.compile(r"#\d+$")  # obstore's name for a file that it has not renamed yet
 AWS_ENDPOINTS = ("AWS_ENDPOINT", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3")
 
 
@@ -40,33 +43,66 @@ class BlobStore:
         Raises:
             FileNotFoundError: there is none.
         """
-        return obstore.get(self.store, key).bytes().to_bytes()
+        try:
+            return obstore.get(self.store, key).bytes().to_bytes()
+        except FileNotFoundError:
+            self.check()  # it may be the store that is not there
+            raise
 
     def list(self, prefix: str) -> Iterator[str]:
-        """The keys of all blobs below `prefix`, a folder."""
+        """The keys of all blobs below `prefix`, a folder: `a/b` covers `a/b/c` but not `a/bc`. In order, in S3."""
         for found in obstore.list(self.store, prefix, chunk_size=1000):
             yield from (blob["path"] for blob in found)
 
     def folders(self, prefix: str) -> Iterator[str]:
-        """The names of the folders below `prefix`."""
-        for path in obstore.list_with_delimiter(self.store, prefix)["common_prefixes"]:
-            yield path.rpartition("/")[2]
+        """The names of the folders right in `prefix`, in order; who has enough of them may stop."""
+        if self.directory:  # obstore would walk the whole tree
+            inside = obstore.list_with_delimiter(self.store, prefix)["common_prefixes"]
+            yield from sorted(path.rpartition("/")[2] for path in inside)
+            return
+        last = None
+        for key in self.list(prefix):
+            name, is_folder, _ = key.removeprefix(f"{prefix}/").partition("/")
+            if is_folder and name != last:
+                yield name
+                last = name
 
     def delete(self, prefix: str) -> None:
-        """Remove every blob below `prefix`, a folder: `a/b` covers `a/b/c` but not `a/bc`. None there is no error.
-
-        In a directory also what a killed writer left half-written, which obstore does not list.
-        """
-        if isinstance(self.store, LocalStore):
-            with suppress(FileNotFoundError):
-                shutil.rmtree(Path(str(self.store.prefix)) / prefix)
-            return
+        """Remove every blob below `prefix`, a folder, and what a killed writer left there. None there is no error."""
         for found in obstore.list(self.store, prefix, chunk_size=1000):
             obstore.delete(self.store, [blob["path"] for blob in found])
+        if self.directory and (folder := self.directory / prefix).is_dir():  # so there was a half-written one in it
+            shutil.rmtree(folder)
+
+    def delete_unfinished(self, older_than: timedelta) -> int:
+        """Remove what killed writers left of blobs, and nobody else is going to finish. Returns how many there were.
+
+        In S3 there are none: `save` is one PUT.
+        """
+        walk = os.walk(self.directory) if self.directory else ()
+        strays = [Path(folder) / name for folder, _, names in walk for name in names if UNFINISHED.search(name)]
+        old = [path for path in strays if age_of_file(path) > older_than.total_seconds()]
+        for path in old:
+            path.unlink(missing_ok=True)
+        return len(old)
 
     def check(self) -> None:
         """List the store's topmost folders, one cheap request: returns if the store answers, raises if not."""
+        if self.directory and not self.directory.is_dir():  # to obstore, that would be an empty one
+            raise GenericError(f"{self.directory} is not there")
         obstore.list_with_delimiter(self.store)
+
+    @property
+    def directory(self) -> Path | None:
+        return Path(self.store.prefix) if isinstance(self.store, LocalStore) and self.store.prefix else None
+
+
+def age_of_file(path: Path) -> float:
+    """Seconds since it was last written to; zero if it has gone."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def open_store(url: str) -> BlobStore:

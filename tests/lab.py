@@ -23,7 +23,8 @@ from rq.serializers import JSONSerializer
 
 from app import events, jobs
 from app.jobs import PRIORITIES, Jobs, queue_name
-from app.local import EmbeddedRedis, die_with_parent, spawn, wait_until
+from app.local import EmbeddedRedis
+from app.parts import die_with_parent
 from app.schemas import Generation, GenerationRequest, Parameters
 from app.settings import Settings
 from app.storage import open_store
@@ -59,11 +60,11 @@ class Server(EmbeddedRedis):
         self.process.wait()
 
     def start(self) -> None:
-        self.process = spawn(list(self.process.args), dict(os.environ), signal.SIGTERM)
+        self.part.start()
 
     def restart(self) -> None:
         self.start()
-        wait_until(self._answers, self.process, 20, "the embedded Valkey")
+        self.part.wait(20)
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,9 @@ class Proxy:
 
     def _reset(self) -> None:
         for writer in self.open:
-            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+            end = writer.get_extra_info("socket")
+            if end.fileno() != -1:  # not closed a moment ago
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
             writer.transport.abort()
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -125,7 +127,8 @@ class Proxy:
             self.open.discard(writer)
         self.open |= {writer, back}
         try:
-            await asyncio.gather(self._pump(reader, back, asks=True), self._pump(there, writer))
+            with suppress(asyncio.CancelledError):  # asyncio would log it
+                await asyncio.gather(self._pump(reader, back, asks=True), self._pump(there, writer))
         finally:
             self.open -= {writer, back}
             writer.transport.abort()

@@ -486,7 +486,10 @@ def test_the_openapi_document_is_valid_and_lists_every_problem(document: dict[st
             if path.startswith("/v1/"):
                 assert {"401", "422", "503"} <= operation["responses"].keys(), (path, method)
     assert {"400", "413", "415"} <= document["paths"][URL]["post"]["responses"].keys()
-    assert "404" in document["paths"][URL + "/{id}/previews/{number}/{step}"]["get"]["responses"]
+    for path in ("/{id}/images/{number}", "/{id}/previews/{number}/{step}"):
+        file = document["paths"][URL + path]["get"]
+        assert {"200", "206", "304", "404", "416"} <= file["responses"].keys()
+        assert {"Range", "If-Range", "If-None-Match"} <= {parameter["name"] for parameter in file["parameters"]}
 
 
 def test_answers_are_as_documented(http: httpx2.Client, document: dict[str, Any], drawn: dict[str, Any]):

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from app.local import LocalService
+from tests.lab import Lab, Server, until
 
 DARKROOM = [sys.executable, "-m", "app.cli"]
 
@@ -117,6 +118,27 @@ def test_a_part_alone_says_that_it_needs_redis(tmp_path: Path):
 
 def test_models_lists_the_cards(tmp_path: Path):
     assert "emoji-sd" in run("models", cwd=tmp_path).stdout
+
+
+def test_dead_lists_what_failed_with_its_reason_shows_its_traceback_and_queues_it_again(tmp_path: Path):
+    server = Server(tmp_path / "valkey")
+    lab = Lab(server, tmp_path)
+    lab.worker()
+    (id,) = lab.put(crash=1)
+    lab.wait([id], "failed")
+    wide = {"REDIS_URL": server.url, "COLUMNS": "160"}
+    listed = run("dead", cwd=tmp_path, **wide).stdout
+    assert all(word in listed for word in (id, "alpha", "ada", "error: ZeroDivisionError: of the program"))
+    assert "ZeroDivisionError: of the program" in run("dead", "--traceback", id, cwd=tmp_path, **wide).stdout
+    assert f"{id} is queued again" in run("dead", "--requeue", id, cwd=tmp_path, **wide).stderr
+    until(lambda: lab.get(id).attempts == 2)
+    lab.wait([id], "failed")
+    refused = run("dead", "--requeue", "0" * 32, cwd=tmp_path, **wide)
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+    lab.close()
+    server.stop()
+    away = run("dead", cwd=tmp_path, **wide)
+    assert (away.returncode, away.stderr.startswith("Redis does not answer")) == (1, True)
 
 
 def test_without_a_service_generate_starts_one_and_leaves_nothing_behind(tmp_path: Path):

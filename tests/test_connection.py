@@ -16,7 +16,7 @@ from redis.exceptions import BusyLoadingError, ConnectionError
 from redis.retry import Retry
 
 from app.jobs import atomically
-from app.local import spawn
+from app.parts import spawn
 from tests.lab import Server, until
 from workers.connection import RedisAway, connect
 
@@ -27,15 +27,15 @@ ROOT = Path(__file__).parent.parent
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = Server(tmp_path_factory.mktemp("away"))
     yield server
-    server.process.send_signal(signal.SIGCONT)
+    server.part.process.send_signal(signal.SIGCONT)
     server.stop()
 
 
 @pytest.fixture(autouse=True)
 def _as_it_was(server: Server) -> Iterator[None]:
     yield
-    server.process.send_signal(signal.SIGCONT)
-    if server.process.poll() is not None:
+    server.part.process.send_signal(signal.SIGCONT)
+    if server.part.process.poll() is not None:
         server.restart()
     with Redis.from_url(server.url) as own:
         own.replicaof("NO", "ONE")
@@ -43,7 +43,7 @@ def _as_it_was(server: Server) -> Iterator[None]:
 
 
 def stop(server: Server) -> None:
-    server.process.send_signal(signal.SIGSTOP)
+    server.part.process.send_signal(signal.SIGSTOP)
 
 
 def demote(server: Server) -> None:
@@ -57,7 +57,7 @@ def fill(server: Server) -> None:
 
 
 def wake(server: Server) -> None:
-    server.process.send_signal(signal.SIGCONT)
+    server.part.process.send_signal(signal.SIGCONT)
 
 
 def promote(server: Server) -> None:
@@ -123,15 +123,15 @@ def test_a_redis_that_comes_back_in_time_has_not_been_missed(server: Server, lea
 def test_a_redis_that_is_loading_is_waited_for(server: Server):
     redis = connect(server.url, outage=20)
     with redis.pipeline(transaction=False) as pipe:
-        for i in range(3000):
+        for i in range(8000):
             pipe.set(f"key:{i}", "x" * 100)
         pipe.execute()
     server.kill()
-    slowly = ["--key-load-delay", "1000", "--loading-process-events-interval-bytes", "1024"]
-    server.process = spawn([*list(server.process.args), *slowly], dict(os.environ), signal.SIGTERM)
+    slowly = ["--key-load-delay", "500", "--loading-process-events-interval-bytes", "1024"]
+    server.part.process = spawn([*server.part.command, *slowly], dict(os.environ), signal.SIGTERM)
     until(lambda: loading(server), 10)
     redis.set("a", 5)
-    assert redis.dbsize() > 3000
+    assert redis.dbsize() > 8000
 
 
 def test_a_transaction_on_a_redis_that_may_only_be_read_ends(server: Server):

@@ -126,6 +126,42 @@ def test_a_full_queue_accepts_nothing_and_says_when_to_come_back(lab: Lab):
     full.submit(asked(model="beta"), OWNER)  # each model has its own queue
 
 
+def test_a_queue_that_would_take_too_long_accepts_nothing_more_once_workers_have_said_how_fast_they_are(lab: Lab):
+    slow = lab.with_settings(max_queued_seconds=60)
+    for _ in range(4):  # who should know how long they take?
+        slow.submit(asked(), OWNER)
+    pace(lab, rows_per_second=2, rows_per_job=40)  # 20 s each
+    with pytest.raises(QueueFull) as refused:
+        slow.submit(asked(), OWNER)
+    assert refused.value.headers["Retry-After"] == "20"
+    pace(lab, rows_per_second=1, rows_per_job=40)
+    with pytest.raises(QueueFull) as refused:
+        slow.submit(asked(), OWNER)
+    assert refused.value.headers["Retry-After"] == "100"  # 160 s of work, and 60 may wait
+    pace(lab, rows_per_second=4, rows_per_job=40)
+    slow.submit(asked(), OWNER)
+    assert lab.connection.llen("rq:queue:alpha.normal") == 5
+
+
+def test_pictures_are_decoded_a_few_at_a_time(lab: Lab, monkeypatch: pytest.MonkeyPatch):
+    few, at_once, most = lab.with_settings(max_decodes=2), [], []
+    decode = jobs.read_image
+
+    def counted(*arguments: Any) -> Image.Image:
+        at_once.append(1)
+        most.append(len(at_once))
+        time.sleep(0.01)
+        image = decode(*arguments)
+        at_once.pop()
+        return image
+
+    monkeypatch.setattr(jobs, "read_image", counted)
+    body = asked(image=base64.b64encode(png()).decode())
+    with ThreadPoolExecutor(10) as pool:
+        assert len({generation.id for generation, _ in pool.map(lambda _: few.submit(body, OWNER), range(20))}) == 20
+    assert max(most) == 2
+
+
 def test_a_model_that_there_is_not(lab: Lab):
     with pytest.raises(InvalidRequest, match="there is no 'gamma'; there are alpha, beta"):
         lab.jobs.submit(asked(model="gamma"), OWNER)

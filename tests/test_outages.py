@@ -52,9 +52,9 @@ class Away:
 
     @contextmanager
     def stopped(self) -> Generator[None]:
-        os.kill(self.server.process.pid, signal.SIGSTOP)
+        os.kill(self.server.part.process.pid, signal.SIGSTOP)
         yield
-        os.kill(self.server.process.pid, signal.SIGCONT)
+        os.kill(self.server.part.process.pid, signal.SIGCONT)
 
     @contextmanager
     def killed(self) -> Generator[None]:
@@ -70,13 +70,14 @@ class Away:
                 pipe.set(f"filling:{i}", i)
             pipe.execute()
         self.server.kill()
-        self.server.process.args += ["--key-load-delay", "1000"]  # type: ignore[operator]
+        usual = self.server.part.command
+        self.server.part.command = [*usual, "--key-load-delay", "1000"]
         self.server.start()
         until(lambda: says(self.redis, "LOADING"))
         yield
         assert says(self.redis, "LOADING"), "it was done before we were"
         self.server.kill()
-        del self.server.process.args[-2:]  # type: ignore[attr-defined]
+        self.server.part.command = usual
         self.server.restart()
 
     @contextmanager
@@ -151,7 +152,7 @@ def refused_in_time(http: httpx2.Client, requests: list[Request]) -> None:
 
 
 def comes_back(away: Away) -> None:
-    assert away.http.get("/readyz").status_code == 200
+    until(lambda: away.http.get("/readyz").status_code == 200, IN_TIME)
     assert away.http.get(f"{URL}/{away.id}").json()["status"] == "queued"
     assert away.http.post(URL, json=GOOD).status_code == 202
     assert "darkroom_redis_up 1.0" in away.http.get("/metrics").text
@@ -216,6 +217,7 @@ def test_what_was_stored_is_acknowledged_though_redis_went_away_before_it_could_
     assert answer.status_code == 202
     assert answer.json()["id"] in queued(away)
     away.proxy.heal()
+    comes_back(away)
     shown = away.http.get(answer.headers["location"]).json()
     assert shown["status"] == answer.json()["status"] == "queued"
     assert shown["parameters"] == answer.json()["parameters"]
@@ -270,6 +272,7 @@ def test_a_stream_ends_without_an_end_while_redis_is_away_and_goes_on_later(away
             rest = list(lines)
             assert time.monotonic() - began < noticed_in
     assert not [line for line in rest if line.startswith("event: ")]
+    comes_back(away)
     away.http.delete(f"{URL}/{away.id}")
     heard = away.http.get(f"{URL}/{away.id}/events", headers={"Last-Event-ID": last}).text
     assert [line for line in heard.splitlines() if line.startswith("event: ")] == ["event: canceled"]

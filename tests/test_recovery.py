@@ -10,11 +10,11 @@ from typing import Any
 
 import httpx2
 import pytest
-from app.parts import Part
 from redis import Redis
 from rq.job import Job
 
 from app.local import LocalService
+from app.parts import Part
 from tests.conftest import local_settings
 from tests.lab import until
 

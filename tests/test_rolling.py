@@ -6,9 +6,9 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from app.parts import Part
 
 from app.local import LocalService, free_port, port_open
+from app.parts import Part
 from tests.conftest import local_settings
 from tests.test_deploy import NGINX, proxy_to
 

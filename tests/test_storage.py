@@ -98,6 +98,16 @@ def test_deleting_what_is_not_there_is_no_error(store: BlobStore):
     store.delete(generation_folder("g1"))
 
 
+def test_a_folder_is_listed_with_what_is_below_it(store: BlobStore):
+    keys = [image_key("g1", 0, "png"), image_key("g1", 1, "png"), preview_key("g1", 0, 5), "generations/g1/journal/0"]
+    for key in [*keys, image_key("g10", 0, "png"), image_key("g", 0, "png"), "generations/readme", "g1/a"]:
+        store.save(key, b"x")
+    assert sorted(store.list(generation_folder("g1"))) == sorted(keys)
+    assert list(store.list(generation_folder("g2"))) == []
+    assert list(store.folders("generations")) == ["g", "g1", "g10"]
+    assert list(store.folders("nothing")) == []
+
+
 def test_a_store_that_answers_passes_its_check_empty_or_not(store: BlobStore):
     store.check()
     store.save(image_key("g1", 0, "png"), b"x")
@@ -144,7 +154,8 @@ def test_deleting_leaves_no_empty_folders(tmp_path: Path):
     store.delete(generation_folder("g1"))
     assert [path.name for path in (tmp_path / "generations").iterdir()] == ["g2"]
     store.delete(generation_folder("g2"))
-    assert not list((tmp_path / "generations").iterdir())
+    assert tmp_path.is_dir()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_reader_never_sees_half_a_blob(tmp_path: Path):
@@ -174,6 +185,29 @@ def test_what_a_killed_writer_left_behind_is_no_blob(tmp_path: Path):
         store.open("generations/g1/b")
     store.save("generations/g1/b", b"whole")
     assert store.open("generations/g1/b") == b"whole"
+
+
+def test_deleting_takes_what_a_killed_writer_left_too(tmp_path: Path):
+    store = open_store(tmp_path.as_uri())
+    (tmp_path / "generations" / "g1" / "images").mkdir(parents=True)
+    (tmp_path / "generations" / "g1" / "images" / "0.png#1").write_bytes(b"hal")
+    store.save("generations/g2/a#1.png", b"a whole one")
+    store.delete(generation_folder("g1"))
+    assert not (tmp_path / "generations" / "g1").exists()
+    assert store.open("generations/g2/a#1.png") == b"a whole one"
+
+
+def test_a_directory_that_is_not_there_is_no_empty_one(tmp_path: Path):
+    store = open_store((tmp_path / "blobs").as_uri())
+    (tmp_path / "blobs").rename(tmp_path / "away")
+    with pytest.raises(BaseError, match="is not there"):
+        store.check()
+    with pytest.raises(BaseError, match="is not there"):
+        store.open("a")
+    (tmp_path / "away").rename(tmp_path / "blobs")
+    store.check()
+    with pytest.raises(FileNotFoundError):
+        store.open("a")
 
 
 # S3

@@ -19,8 +19,9 @@ from rq.queue import Queue
 from rq.serializers import JSONSerializer
 from rq.suspension import resume, suspend
 
-from app import dead_letters, events
-from app.errors import NotCancelable, NotFound, NotRequeueable
+from app import events
+from app.dead import dead, requeue
+from app.errors import NotCancelable
 from app.jobs import BELL
 from tests.lab import FAKETIME, OWNER, Lab, Server, ended, freeze, thaw, until
 
@@ -338,28 +339,16 @@ def test_the_dead_say_when_they_are_forgotten(lab: Lab):
     assert 0 < lab.connection.ttl(Job.key_for(id)) <= kept
 
 
-def test_the_dead_are_listed_with_their_reason_and_traceback_and_can_be_queued_again(lab: Lab):
-    lab.worker()
-    (crashed,), (fine,) = lab.put(crash=1), lab.put(owner="grace")
-    lab.wait([crashed], "failed")
-    until(lambda: list(dead_letters.dead_letters(lab.connection, lab.catalog)))
-    (letter,) = dead_letters.dead_letters(lab.connection, lab.catalog)
-    assert letter[:4] == (crashed, OWNER, "alpha", 1)
-    assert letter.error.detail == "ZeroDivisionError: of the program"
-    assert "ZeroDivisionError: of the program" in dead_letters.traceback(lab.connection, crashed)
-
-    with pytest.raises(NotRequeueable):
-        dead_letters.requeue(lab.connection, fine)
-    with pytest.raises(NotFound):
-        dead_letters.requeue(lab.connection, "0" * 32)
-    data = lab.connection.hget(Job.key_for(crashed), "data")
-    assert data
-    lab.connection.hset(Job.key_for(crashed), "data", zlib.compress(zlib.decompress(data).replace(b"crash", b"peace")))
-    dead_letters.requeue(lab.connection, crashed)
-    lab.wait([crashed])
-    assert lab.get(crashed).attempts == 2
-    assert not list(dead_letters.dead_letters(lab.connection, lab.catalog))
-    assert 0 < lab.connection.ttl(events.stream(crashed)) <= lab.jobs.settings.result_ttl.total_seconds()
+def test_one_that_killed_its_workers_is_a_dead_letter_and_forgiven_when_it_is_queued_again(lab: Lab):
+    (id,) = lab.put(kill=2)
+    for _ in range(2):
+        assert ended(lab.worker(max_attempts=1)) == -signal.SIGSEGV
+    lab.worker(max_attempts=1)
+    lab.wait([id], "failed")
+    until(lambda: [letter.id for letter in dead(lab.connection)] == [id])
+    requeue(lab.connection, id, max_attempts=3)
+    lab.wait([id])
+    assert lab.get(id).attempts == 3
 
 
 # -- clocks

@@ -63,7 +63,8 @@ def serve(settings: Settings, connected: Callable[[], "Redis"]) -> None:
     catalog = Catalog.read(settings.models, settings.cards_dir)
     connection, reporter = connected(), Reporter(connected())
     blobs, clock = open_store(settings.blobs), Clock()
-    sweeper = Sweeper(connected(), blobs, settings.result_ttl)
+    sweeper, stopped = Sweeper(connected(), blobs, settings.result_ttl), threading.Event()
+    threading.Thread(target=sweeper.run, args=(stopped,), name="sweeper", daemon=True).start()
     residency = Residency(
         catalog,
         lambda card: resident(card, device),
@@ -96,7 +97,7 @@ def serve(settings: Settings, connected: Callable[[], "Redis"]) -> None:
     try:
         worker.work()
     finally:
-        sweeper.close()
+        stopped.set()
         studio.close()
         reporter.close()
         log.info("worker_ends")

@@ -12,30 +12,26 @@ import time
 import traceback
 from collections.abc import Collection, Mapping
 from contextlib import suppress
-from functools import partial
-from itertools import product
 from typing import Any, Protocol, cast
 
 import structlog
 from redis import Redis
-from redis.client import Pipeline
 from rq.command import handle_command, parse_payload
-from rq.exceptions import NoSuchJobError
 from rq.job import Job, JobStatus
-from rq.job_lifecycle import record_job_failure
 from rq.queue import Queue
 from rq.serializers import JSONSerializer
 from rq.suspension import WORKERS_SUSPENDED
 from rq.utils import now
 from rq.worker.base import BaseWorker, WorkerStatus
-from rq.worker_registration import clean_worker_registry, register
+from rq.worker_registration import register
 
-from app import events, metrics
-from app.jobs import BELL, PRIORITIES, Pace, age_of, atomically, pace_key, queue_name
+from app import metrics
+from app.jobs import BELL, PRIORITIES, Pace, age_of, pace_key, queue_name
 from app.schemas import Parameters
 from workers.connection import Patience, RedisAway
 from workers.leases import Clock, Leases, Seat, Why, model_of
 from workers.outcomes import EngineBroke, Expired, Failed, Stopped, TimedOut
+from workers.upkeep import Upkeep
 
 log = structlog.get_logger()
 
@@ -83,18 +79,16 @@ class EngineWorker(BaseWorker):
         self.studio, self.clock, self.lease = studio, clock, lease
         self.warm_bonus, self.stop_grace = warm_bonus, stop_grace
         self.leases = Leases(connection, self.name, lease, max_attempts, clock)
+        self.upkeep = Upkeep(connection, self.queues, self.leases)
         self.seats: dict[str, Seat] = {}
         self.turns: list[Queue] = []  # those that had something when we last looked, in the order of their turn
         self.rung = True  # something may have come in since then
         self.stops: set[str] = set()  # filled by RQ's own thread
-        self.strays: dict[str, dict[str, float]] = {}  # by queue: popped and not claimed, since we first looked
         self.admitting = True
         self.next_beat = 0.0
         self.away_until = 0.0  # time.monotonic() until which others may not have been able to renew their leases
         self.stop_at: float | None = None  # time.monotonic() by which a stopping worker hands over what it has
         self.bell = connection.pubsub(ignore_subscribe_messages=True)
-        for model, standing in product(models, ("queued", "failed")):
-            metrics.TAKEN_OVER.labels(model, standing)  # an alert on an increase needs the zero before it
 
     def work(self, burst: bool = False, *_: Any, **__: Any) -> bool:
         self._install_signal_handlers()
@@ -227,7 +221,7 @@ class EngineWorker(BaseWorker):
         self.vacate(seat)
         now = self.leases.give_back(seat, why)
         if now == "failed":
-            self.bury(seat.job, traceback.format_exc())
+            self.upkeep.bury(seat.job, traceback.format_exc())
         self.clear(seat)
         log.warning("given_back", generation=seat.job.id, why=why, now=now)
 
@@ -338,65 +332,10 @@ class EngineWorker(BaseWorker):
             for seat in list(self.seats.values()):
                 self.give_back(seat, "stopping")
 
-    # -- upkeep: of what others left behind
-
     def clean_registries(self) -> None:
-        """Ours instead of RQ's: by the server's clock, one transaction a job, and blame where it belongs."""
-        for queue in self.queues:
-            for registry in (queue.finished_job_registry, queue.failed_job_registry):
-                registry.cleanup(self.clock.time())
-            if time.monotonic() >= self.away_until and not self.server_was_away():
-                self.take_over(queue)
-            self.put_back_strays(queue)
-            clean_worker_registry(queue)
+        """Ours instead of RQ's, see `workers/upkeep.py`."""
+        self.upkeep.run(take_over=time.monotonic() >= self.away_until)
         self.last_cleaned_at = now()
-
-    def server_was_away(self) -> bool:
-        """Whether it has been back for less than a lease: then nobody is late yet."""
-        return int(self.connection.info("server")["uptime_in_seconds"]) < self.lease
-
-    def take_over(self, queue: Queue) -> None:
-        """What dead workers held is queued again or, if it kills its workers, has failed."""
-        for execution in self.leases.run_out(queue):
-            try:
-                job = self.job_class.fetch(execution.job_id, self.connection, self.serializer)
-            except NoSuchJobError:
-                self.connection.zrem(queue.started_job_registry.key, execution.composite_key)
-                continue
-            execution.worker_name = job.worker_name or ""
-            now = self.leases.take_away(queue, execution, cast(int, job.failure_ttl))
-            if now == "failed":
-                self.bury(job, f"the worker process {job.worker_name} ended while it drew this alone")
-            if now in ("queued", "failed"):
-                metrics.TAKEN_OVER.labels(model_of(queue), now).inc()
-                log.warning("taken_over", generation=job.id, worker=job.worker_name, now=now)
-            if now != "held":
-                with self.connection.pipeline() as pipe:
-                    execution.delete(job, pipe)
-                    pipe.execute()
-
-    def bury(self, job: Job, reason: str) -> None:
-        """RQ's record of a job that failed otherwise than by an outcome of ours."""
-        with self.connection.pipeline() as pipe:
-            record_job_failure(job, reason, pipe)
-            pipe.execute()
-        metrics.REQUESTS.labels(job.origin.rpartition(".")[0], "failed").inc()
-
-    def put_back_strays(self, queue: Queue) -> None:
-        """What a worker popped and died before it claimed it: in front again, if it is there for a lease."""
-        popped = [events.text(id) for id in self.connection.lrange(queue.intermediate_queue_key, 0, -1)]
-        seen, now = self.strays.get(queue.name, {}), time.monotonic()
-        self.strays[queue.name] = {id: seen.get(id, now) for id in popped}
-        for id, since in self.strays[queue.name].items():
-            if now - since > self.lease:
-                atomically(self.connection, partial(self.put_back, id, queue), Job.key_for(id))
-
-    def put_back(self, id: str, queue: Queue, pipe: Pipeline) -> None:
-        queued = pipe.hget(Job.key_for(id), "status") == b"queued"
-        pipe.multi()
-        pipe.lrem(queue.intermediate_queue_key, 0, id)
-        if queued:
-            pipe.lpush(queue.key, id)
 
     # -- where RQ takes for granted that a worker has one job, or may be interrupted anywhere
 

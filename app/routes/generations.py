@@ -30,33 +30,54 @@ log = structlog.get_logger()
 Responses = dict[int | str, dict[str, Any]]
 
 
-def problem(description: str) -> dict[str, Any]:
+def always(*headers: str) -> dict[str, Any]:
+    """Headers that an answer of the documentation never lacks."""
+    return {name: {"required": True, "schema": {"type": "string"}} for name in headers}
+
+
+def problem(description: str, *headers: str) -> dict[str, Any]:
     """An answer of the documentation."""
-    schema = {"$ref": "#/components/schemas/Problem"}
-    return {"description": description, "content": {"application/problem+json": {"schema": schema}}}
+    content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {"description": description, "content": content, "headers": always(*headers)}
 
 
-def file(media_type: str, description: str) -> dict[str, Any]:
-    return {"description": description, "content": {media_type: {"schema": {"type": "string", "format": "binary"}}}}
+def file(media_type: str, description: str, *headers: str) -> dict[str, Any]:
+    content = {media_type: {"schema": {"type": "string", "format": "binary"}}}
+    return {"description": description, "content": content, "headers": always("ETag", *headers)}
+
+
+def file_answers(media_type: str) -> Responses:
+    return {
+        200: file(media_type, "The file"),
+        206: file(media_type, "A part of it: `Range`", "Content-Range"),
+        304: {"description": "You have it: `If-None-Match`", "headers": always("ETag")},
+        416: problem("It has no such bytes", "Content-Range"),
+    }
 
 
 PROBLEMS: Responses = {
-    401: problem("No or an unknown API key"),
+    401: problem("No or an unknown API key", "WWW-Authenticate"),
     422: problem("A field is wrong: `errors` names it"),
-    503: problem("The queue does not answer; `Retry-After`"),
+    503: problem("The queue does not answer", "Retry-After"),
 }
 SUBMITTED: Responses = {
-    200: {"model": Generation, "description": "It has ended: `Prefer: wait`, or the same `Idempotency-Key` again"},
+    200: {
+        "model": Generation,
+        "description": "It has ended: `Prefer: wait`, or the same `Idempotency-Key` again",
+        "headers": always("Location"),
+    },
+    202: {"headers": always("Location", "Retry-After")},
     400: problem("The body is not a JSON object"),
     408: problem("The body stopped coming"),
     413: problem("The body is too large"),
     415: problem("The body is not `application/json`"),
-    503: problem("The queue is full or does not answer; `Retry-After`"),
+    503: problem("The queue is full or does not answer", "Retry-After"),
 }
 MISSING: Responses = {404: problem("There is none, or it is not yours")}
-UNCHANGED: Responses = {
-    304: {"description": "You have it: `If-None-Match`"},
-    416: problem("It has no such bytes"),
+CONDITIONS = {  # read by `file_response`
+    "parameters": [
+        {"name": name, "in": "header", "schema": {"type": "string"}} for name in ("Range", "If-Range", "If-None-Match")
+    ]
 }
 
 router = APIRouter(prefix="/v1/generations", tags=["generations"], responses=PROBLEMS)
@@ -205,7 +226,8 @@ async def ending(id: str, jobs: Jobs, owner: str, event: events.Event | None = N
 @router.get(
     "/{id}/images/{number}",
     response_class=Response,
-    responses={200: file("image/*", "The file"), 206: file("image/*", "A part of it: `Range`"), **UNCHANGED, **MISSING},
+    responses={**file_answers("image/*"), **MISSING},
+    openapi_extra=CONDITIONS,
 )
 def image(id: str, number: Number, request: Request, jobs: JobsDep, owner: Owner) -> Response:
     """A picture's bytes: Range, ETag, and immutable."""
@@ -222,7 +244,8 @@ def image(id: str, number: Number, request: Request, jobs: JobsDep, owner: Owner
 @router.get(
     "/{id}/previews/{number}/{step}",
     response_class=Response,
-    responses={200: file("image/webp", "The file"), **UNCHANGED, **MISSING},
+    responses={**file_answers("image/webp"), **MISSING},
+    openapi_extra=CONDITIONS,
 )
 def preview(id: str, number: Number, step: Number, request: Request, jobs: JobsDep, owner: Owner) -> Response:
     """What a picture looked like after a step."""

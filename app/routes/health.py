@@ -6,7 +6,7 @@ from fastapi.responses import PlainTextResponse
 from app import metrics
 from app.routes.generations import JobsDep, Responses, problem
 
-NOT_READY: Responses = {503: problem("Redis or the image store does not answer")}
+NOT_READY: Responses = {503: problem("Redis or the image store does not answer", "Retry-After")}
 
 router = APIRouter(tags=["health"])
 

@@ -22,7 +22,7 @@ CLIENTS = 4
 
 def run(service: LocalService) -> None:
     connection = Redis.from_url(service.redis_url)
-    api = service.parts["api"].pid
+    api = service.parts["api"].process.pid
     queue = Queue("bench", connection=connection, serializer=JSONSerializer)
     http = httpx2.Client(base_url=service.url, timeout=30)
     id = http.post("/v1/generations", json=BODY).json()["id"]

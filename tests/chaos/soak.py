@@ -86,7 +86,7 @@ def measured(system: System) -> dict[str, float]:
     return {
         "api": resident(api),
         "worker": resident(worker),
-        "valkey": resident(system.valkey.process.pid),
+        "valkey": resident(system.valkey.part.process.pid),
         "redis": int(system.redis.info("memory")["used_memory"]) / MIB,
         "api_files": open_files(api),
         "worker_files": open_files(worker),

@@ -18,7 +18,8 @@ import redis.exceptions
 from redis import Redis
 
 from app.jobs import PRIORITIES, pace_key, queue_name
-from app.local import EmbeddedRedis, die_with_parent, free_port, port_open, spawn
+from app.local import EmbeddedRedis, free_port, port_open
+from app.parts import die_with_parent
 from app.settings import Settings
 from tests.lab import FAKETIME, Server, until
 from tests.proxy import Proxy
@@ -50,10 +51,7 @@ class Valkey(Server):
         self.down_until = 0.0  # time.monotonic()
 
     def kill(self) -> None:
-        self.process.kill()
-
-    def respawn(self) -> None:
-        self.process = spawn(list(self.process.args), dict(os.environ), signal.SIGTERM)
+        self.part.process.kill()
 
 
 @dataclass
@@ -252,8 +250,8 @@ class System:
             self.restarts[part.command] += 1
 
     def _revive_valkey(self) -> None:
-        if self.valkey.process.poll() is not None and time.monotonic() > self.valkey.down_until:
-            self.valkey.respawn()
+        if self.valkey.part.process.poll() is not None and time.monotonic() > self.valkey.down_until:
+            self.valkey.start()
             self.restarts["valkey"] += 1
 
     def _thaw(self) -> None:
