@@ -100,7 +100,9 @@ class Client:
                     time.sleep(order.rng.choice([0, 0.1, 0.5, 1.5]))
                 self.cancel(job)
         self.poll(job)
-        if key and self.rng.random() < 0.1 and (again := self.submit(order, key)) and again is not job:
+        if job.seen and self.rng.random() < 0.2:
+            self.cancel(job)  # too late
+        if key and self.rng.random() < 0.2 and (again := self.submit(order, key)) and again is not job:
             job.complaints.append(f"submitted twice: {again.id} has the same Idempotency-Key")
 
     def submit(self, order: Order, key: str | None) -> Job | None:
