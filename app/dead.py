@@ -75,7 +75,6 @@ def requeue(connection: "Redis", id: str, max_attempts: int) -> None:
         queue = Queue(events.text(origin), connection=connection, serializer=JSONSerializer)
         failed = FailedJobRegistry(queue=queue).key
         record = next(read_records(connection, [id]))
-        # The registry comes last of all that a worker writes of a failure: before that, it would overwrite us.
         if record is None or record.status != "failed" or pipe.zscore(failed, id) is None:
             standing = record.status if record else "gone"
             raise NotRequeueable(f"generation {id} is {standing}; only what has failed is queued again")

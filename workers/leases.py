@@ -24,7 +24,8 @@ from app.jobs import BELL, Replies, atomically, moment
 
 Why = Literal["died", "unlucky", "stopping"]
 
-# KEYS: leases, job, events. ARGV: lease, worker's name, status, ended_at, meta, seconds to keep the job, outcome.
+# KEYS: leases, job, events, failed jobs.
+# ARGV: lease, worker's name, status, ended_at, meta, seconds to keep the job, outcome, id.
 END = (
     events.RECORD
     + """
@@ -32,6 +33,7 @@ local job = redis.call('HMGET', KEYS[2], 'status', 'worker_name')
 if job[1] ~= 'started' or job[2] ~= ARGV[2] or not redis.call('ZSCORE', KEYS[1], ARGV[1]) then return 0 end
 redis.call('HSET', KEYS[2], 'status', ARGV[3], 'ended_at', ARGV[4], 'meta', ARGV[5])
 redis.call('EXPIRE', KEYS[2], ARGV[6])
+if ARGV[3] == 'failed' then redis.call('ZADD', KEYS[4], redis.call('TIME')[1] + ARGV[6], ARGV[8]) end
 record(KEYS[3], ARGV[7], ARGV[6])
 return 1
 """
@@ -39,8 +41,9 @@ return 1
 
 # Queues a job again, in front, or fails it if its workers died too often while it was drawn alone. Its batch-mates are
 # not charged for such a death: nobody knows yet who is to blame, so each is a suspect and drawn alone next time.
-# KEYS: leases, job, events, queue. ARGV: lease, worker's name or '' for one that let the lease run out, its execution,
-# why, deaths allowed, ended_at, meta of the failure, seconds to keep a failed job, id.
+# KEYS: leases, job, events, queue, failed jobs.
+# ARGV: lease, worker's name or '' for one that let the lease run out, its execution, why, deaths allowed, ended_at,
+# meta of the failure, seconds to keep a failed job, id.
 RELEASE = (
     events.RECORD
     + """
@@ -61,6 +64,7 @@ if ARGV[4] == 'died' then
     if deaths >= tonumber(ARGV[5]) then
         redis.call('HSET', KEYS[2], 'status', 'failed', 'ended_at', ARGV[6], 'meta', ARGV[7])
         redis.call('EXPIRE', KEYS[2], ARGV[8])
+        redis.call('ZADD', KEYS[5], redis.call('TIME')[1] + ARGV[8], ARGV[9])
         record(KEYS[3], 'failed', ARGV[8])
         return 'failed'
     end
@@ -194,9 +198,10 @@ class Leases:
         """Give the job its end. False if it is no longer ours."""
         seat.job.ended_at = datetime.fromtimestamp(self.clock.time(), UTC)  # RQ writes it once more
         ended_at = utcformat(seat.job.ended_at)
-        keys = [seat.leases, seat.job.key, events.stream(seat.job.id)]
-        lease = seat.execution.composite_key
-        return bool(self._end(keys, [lease, self.worker, status, ended_at, json.dumps(meta), keep, outcome]))
+        job, lease = seat.job, seat.execution.composite_key
+        keys = [seat.leases, job.key, events.stream(job.id), seat.queue.failed_job_registry.key]
+        arguments = [lease, self.worker, status, ended_at, json.dumps(meta), keep, outcome, job.id]
+        return bool(self._end(keys, arguments))
 
     def give_back(self, seat: Seat, why: Why) -> str:
         """Queue it again, in front. Returns `queued`, `failed` after too many deaths, or `gone` if it was not ours."""
@@ -213,7 +218,8 @@ class Leases:
 
     def _let_go(self, queue: Queue, execution: Execution, worker: str, why: Why, keep: int) -> str:
         id = parse_composite_key(execution.composite_key)[0]
-        keys = [queue.started_job_registry.key, Job.key_for(id), events.stream(id), queue.key]
+        failed = queue.failed_job_registry.key
+        keys = [queue.started_job_registry.key, Job.key_for(id), events.stream(id), queue.key, failed]
         ended_at = moment(self.clock.time())
         detail = f"its worker process ended while it drew nothing else, {self.deaths_allowed} times"
         failure = json.dumps({"error": {"type": "worker-died", "detail": detail}})
