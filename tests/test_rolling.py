@@ -1,5 +1,6 @@
 """A new version is rolled out under load: APIs and workers are replaced one by one, behind the nginx of `deploy/`."""
 
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,7 +59,7 @@ def test_a_rolling_restart_of_everything_under_load_refuses_nothing(fleet: tuple
         one.start()
     for part in parts:
         part.stop()
-        assert part.process.returncode == 0
+        assert part.process.returncode in (0, -signal.SIGTERM)  # uvicorn ends by the signal it was sent
         part.start()
         part.wait(60)
     over.set()
