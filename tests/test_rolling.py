@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,6 +63,7 @@ def test_a_rolling_restart_of_everything_under_load_refuses_nothing(fleet: tuple
         assert part.process.returncode in (0, -signal.SIGTERM)  # uvicorn ends by the signal it was sent
         part.start()
         part.wait(60)
+        time.sleep(3)  # nginx does not ask an API that was away for another 2 s
     over.set()
     for one in clients:
         one.join(60)

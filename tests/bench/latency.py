@@ -4,6 +4,7 @@ import statistics
 import time
 
 import httpx2
+from redis import Redis
 
 from app.jobs import age_of
 from app.local import LocalService
@@ -13,13 +14,14 @@ REQUESTS = 40
 
 def run(service: LocalService) -> None:
     http = httpx2.Client(base_url=service.url, timeout=60)
-    firsts, lasts, encodings = [], [], []
+    ids, firsts, lasts, encodings = [], [], [], []
     for seed in range(REQUESTS):
         posted = time.time()
         body = {"prompt": "a green pear", "num_inference_steps": 2, "seed": seed}
         done = http.post("/v1/generations", json=body, headers={"Prefer": "wait=60"}).json()
         http.get(done["images"][0]["url"])
         fetched = time.time()
+        ids.append(done["id"])
         submitted, timings = age_of(done["id"]), done["timings"]
         firsts.append(submitted + timings["first_step"] - posted)
         lasts.append(fetched - submitted - timings["drawn"] - timings["encoding"])
@@ -35,3 +37,6 @@ def run(service: LocalService) -> None:
         print(
             f"| {name} | {1000 * statistics.median(values):.1f} | {1000 * statistics.quantiles(values, n=20)[18]:.1f} |"
         )
+    with Redis.from_url(service.redis_url) as redis:
+        held = sum(redis.memory_usage(key) or 0 for id in ids for key in redis.scan_iter(f"*{id}*", count=10_000))
+    print(f"\nRedis holds {held / len(ids):.0f} bytes for each finished generation, until its result is forgotten")
