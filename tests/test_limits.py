@@ -2,7 +2,6 @@
 
 import json
 import re
-import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -213,8 +212,9 @@ def restarted(tmp_path: Path) -> Iterator[LocalService]:
 def terminated(service: LocalService) -> float:
     """How long it took."""
     began = time.monotonic()
-    service.parts["api"].send_signal(signal.SIGTERM)
-    service.parts["api"].wait(30)
+    api = service.parts["api"].process
+    api.terminate()
+    api.wait(30)
     return time.monotonic() - began
 
 
@@ -257,7 +257,9 @@ def test_of_those_who_are_answered_while_the_api_stops_nobody_sees_an_error(rest
     with ThreadPoolExecutor(8) as clients:
         posting = [clients.submit(submit_on) for _ in range(8)]
         time.sleep(1)
-        terminated(restarted)
-        stopped = True
+        try:
+            terminated(restarted)
+        finally:
+            stopped = True
         statuses = [status for future in posting for status in future.result()]
     assert set(statuses) == {202}  # some, and no other

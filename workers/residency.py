@@ -134,7 +134,9 @@ class Residency:
         self._show_memory()
         took = time.perf_counter() - began
         metrics.MODEL_LOAD.labels(model).set(took)
-        metrics.STEPS_SAVED.labels(model)
+        metrics.STEPS_SAVED.labels(model)  # an alert on an increase needs the zero before it
+        for net in curves:
+            metrics.OUT_OF_MEMORY.labels(net.name)
         metrics.BATCH_WIDTH.labels(model).set(warm.width)
         for net, curve in curves.items():
             for rows, seconds in curve.seconds.items():
