@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,8 +16,9 @@ from rich.table import Table
 from app.settings import Settings, read_settings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Generator, Iterable, Sequence
 
+    from app.client import Client
     from app.dead import Dead
 
 cli = typer.Typer(
@@ -92,7 +94,7 @@ def worker(last_words: Annotated[Path | None, typer.Option(hidden=True)] = None)
 
 @cli.command()
 def generate(
-    prompt: str,
+    prompt: Annotated[str | None, typer.Argument()] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The file; with --n, a number is added.")] = Path(
         "image.png"
     ),
@@ -108,18 +110,21 @@ def generate(
     image: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="A picture to start from.")] = None,
     mask: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="White where it is repainted.")] = None,
     strength: float | None = None,
+    task: Annotated[str | None, typer.Option(help="Such as variation; unset, it follows from what is given.")] = None,
+    end_prompt: Annotated[str | None, typer.Option(help="What is at the other end of an interpolation.")] = None,
+    end_image: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="The picture there.")] = None,
+    mix: Annotated[float | None, typer.Option(help="Where between the ends, from 0 to 1.")] = None,
     reproducible: bool = False,
     url: Annotated[str, typer.Option(envvar="DARKROOM_URL", help="A running service.")] = "http://127.0.0.1:8000",
     fresh: Annotated[bool, typer.Option(help="Start a service for this, even if one is running.")] = False,
     with_parent: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
     """Draw a picture: on a running service or, with none, on one that is started for it."""
-    from app.client import Client, Refused, encoded
-    from app.local import LocalService
-    from app.parts import StartFailed
+    from app.client import encoded
 
     end_with_parent(with_parent)
     request = {
+        "task": task,
         "prompt": prompt,
         "n": n,
         "model": model,
@@ -133,24 +138,75 @@ def generate(
         "image": encoded(image),
         "mask": encoded(mask),
         "strength": strength,
+        "end_prompt": end_prompt,
+        "end_image": encoded(end_image),
+        "mix": mix,
         "reproducible": reproducible,
         "output_format": output_format(output),
     }
     request = {name: value for name, value in request.items() if value is not None}
+    with some_service(url, fresh) as client:
+        client.draw(request, output, console)
+
+
+@cli.command("eval")
+def evaluate(
+    suite: Annotated[str, typer.Argument(help="One of ours (emoji), or a .toml file of yours.")],
+    models: Annotated[str, typer.Option(help="Names, separated by commas.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A folder for the sheet.")] = Path("evaluation"),
+    steps: Annotated[int | None, typer.Option(help="num_inference_steps")] = None,
+    guidance_scale: float | None = None,
+    url: Annotated[str, typer.Option(envvar="DARKROOM_URL", help="A running service.")] = "http://127.0.0.1:8000",
+    fresh: Annotated[bool, typer.Option(help="Start a service for this, even if one is running.")] = False,
+) -> None:
+    """Draw a suite of prompts with several models, and score them side by side."""
+    from app.evaluation import Suite
+    from app.evaluation import evaluate as draw_and_score
+
+    try:
+        prompts = Suite.read(suite)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    given = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
+    given = {name: value for name, value in given.items() if value is not None}
+    names = models.split(",")
+    with some_service(url, fresh, names) as client, console.status("drawing") as status:
+        scores = draw_and_score(client, prompts, names, output, given, status.update)
+    table = Table("model", "category", "pictures", "CLIP agreement", "prompt found first", "background")
+    for one in scores:
+        background = "" if one.background is None else f"{one.background:.0%}"
+        table.add_row(
+            one.model, one.category, str(one.pictures), f"{one.agreement:.3f}", f"{one.found:.0%}", background
+        )
+    Console().print(table)
+    console.print(f"[bold]{output / 'index.html'}[/]", highlight=False)
+
+
+@contextmanager
+def some_service(url: str, fresh: bool, models: "Sequence[str]" = ()) -> "Generator[Client]":
+    """A client of the service at `url` or, with none, of one that lives as long as this; `models` are to be served.
+
+    What the service refuses, and what keeps it from starting, ends the command with that.
+    """
+    from app.client import Client, Refused
+    from app.local import LocalService
+    from app.parts import StartFailed
+
     key = os.environ.get("DARKROOM_API_KEY")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         if not fresh and Client(url, key).answers():
-            Client(url, key).draw(request, output, console)
+            yield Client(url, key)
             return
         with tempfile.TemporaryDirectory(prefix="darkroom-", ignore_cleanup_errors=True) as directory:
             quiet = None if "DARKROOM_LOG_LEVEL" in os.environ else "warning"
-            settings = read_settings(port=0, data_dir=Path(directory), log_level=quiet)
+            settings = read_settings(port=0, data_dir=Path(directory), log_level=quiet, models=tuple(models) or None)
+            check_cards(settings)
             status = console.status("starting")
             status.start()
             with LocalService(settings, 1, status.update) as service:
                 status.stop()
-                Client(service.url, key).draw(request, output, console)
+                yield Client(service.url, key)
     except (Refused, StartFailed) as error:
         raise SystemExit(str(error)) from None
     except KeyboardInterrupt:

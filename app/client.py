@@ -29,6 +29,22 @@ class Client:
         except httpx2.HTTPError:
             return False
 
+    def fetch(self, request: dict[str, Any], output: Path) -> None:
+        """One picture, to a file; waits for it as long as it takes."""
+        generation = self._checked(self.http.post("/v1/generations", json=request)).json()
+        id = generation["id"]
+        while generation["status"] in ("queued", "running"):
+            with self.http.stream("GET", f"/v1/generations/{id}/events", timeout=None) as response:
+                for name, _ in server_sent(response.iter_lines()):
+                    if name in ENDED:
+                        break
+            generation = self._checked(self.http.get(f"/v1/generations/{id}")).json()
+        if generation["status"] != "succeeded":
+            raise Refused(
+                f"{request['model']}: {generation['status']}: {(generation['error'] or {}).get('detail', '')}"
+            )
+        output.write_bytes(self._checked(self.http.get(generation["images"][0]["url"])).content)
+
     def draw(self, request: dict[str, Any], output: Path, console: Console) -> None:
         """Submit, show progress, write the pictures, print their paths and how long it took."""
         began = time.perf_counter()
@@ -67,7 +83,13 @@ class Client:
                     return data
                 if "step" in data:
                     steps = f"step {data['step']} of {data['steps']}"
-                    bar.update(task, description="drawing", completed=data["step"], total=data["steps"], steps=steps)
+                    bar.update(
+                        task,
+                        description=data.get("stage", "drawing"),
+                        completed=data["step"],
+                        total=data["steps"],
+                        steps=steps,
+                    )
                 else:
                     bar.update(task, description=name)
         raise Refused("the service closed the stream; the generation goes on: " + id)

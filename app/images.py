@@ -128,6 +128,7 @@ def parameters_text(parameters: Parameters, seed: int) -> str:
         "Denoising strength": parameters.strength,
         "Version": f"Darkroom {VERSION}",
     }
+    facts |= {f"Guidance {name}": getattr(parameters.guidance, name) for name in parameters.guidance.asked}
     lines = [parameters.prompt]
     if parameters.negative_prompt:
         lines.append(f"Negative prompt: {parameters.negative_prompt}")

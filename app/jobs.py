@@ -31,6 +31,7 @@ from app import events, metrics
 from app.errors import IdempotencyConflict, InvalidRequest, NotCancelable, NotFound, QueueFull
 from app.images import png_bytes, read_image, read_mask
 from app.schemas import (
+    PICTURES,
     Failure,
     Generation,
     GenerationList,
@@ -162,7 +163,7 @@ class Jobs:
             return self.fetch(first, owner), True
         if not token:
             self._enqueue(id, parameters, owner)
-        log.info("queued", generation=id, model=card.name, task=parameters.task, owner=owner)
+        log.info("queued", generation=id, model=card.name, task=parameters.kind, owner=owner)
         try:
             return self.fetch(id, owner), False
         except RedisError as error:  # it is stored all the same, and what is stored is acknowledged
@@ -180,14 +181,18 @@ class Jobs:
 
     def _pictures(self, request: GenerationRequest) -> dict[str, bytes]:
         """The request's pictures, checked, upright, in eight bits, as PNG."""
-        if request.image is None:
+        given = {field: data for field in PICTURES if (data := getattr(request, field)) is not None}
+        if not given:
             return {}
+        limit, pictures = self.settings.max_image_pixels, dict[str, bytes]()
         with self.decoding:
-            image = read_image("image", request.image, self.settings.max_image_pixels)
-            if request.mask is None:
-                return {"image": png_bytes(image)}
-            mask = read_mask("mask", request.mask, image, self.settings.max_image_pixels)
-            return {"image": png_bytes(image), "mask": png_bytes(mask)}
+            for field, data in given.items():
+                if field != "mask":
+                    image = read_image(field, data, limit)
+                    pictures[field] = png_bytes(image)
+                    if field == "image" and "mask" in given:
+                        pictures["mask"] = png_bytes(read_mask("mask", given["mask"], image, limit))
+        return pictures
 
     def _store(self, id: str, pictures: dict[str, bytes]) -> None:
         try:
@@ -444,10 +449,8 @@ def index_key(owner: str) -> str:
 
 def complete(request: GenerationRequest, card: ModelCard, pictures: dict[str, bytes]) -> Parameters:
     """The request with the card's defaults; pictures are named by their hash."""
-    defaults = card.defaults
-    strength = request.strength
-    if strength is None and request.image is not None:
-        strength = defaults.strength if request.mask is None else 1.0
+    defaults, kind = card.defaults, request.kind
+    strength = {"image-to-image": defaults.strength, "inpaint": 1.0}.get(kind)
 
     def chosen(value: Any, default: Any) -> Any:
         return default if value is None else value
@@ -455,13 +458,15 @@ def complete(request: GenerationRequest, card: ModelCard, pictures: dict[str, by
     return merged(
         request,
         model=card.name,
+        task=kind,
+        prompt=request.prompt or "",
         width=chosen(request.width, card.size.width),
         height=chosen(request.height, card.size.height),
         num_inference_steps=chosen(request.num_inference_steps, defaults.num_inference_steps),
         guidance_scale=float(chosen(request.guidance_scale, defaults.guidance_scale)),
         scheduler=chosen(request.scheduler, defaults.scheduler),
         seed=chosen(request.seed, secrets.randbelow(2**32)),
-        strength=strength,
+        strength=chosen(request.strength, strength),
         **{field: f"sha256:{hashlib.sha256(png).hexdigest()}" for field, png in pictures.items()},
     )
 
@@ -530,7 +535,7 @@ def overdue(record: Record) -> bool:
 
 def progress(record: Record) -> Progress | None:
     if record.status == "running" and record.last and "step" in record.last.data:
-        return Progress(step=record.last.data["step"], steps=record.last.data["steps"])
+        return Progress.model_validate(record.last.data)
     if record.status == "succeeded" and (steps := record.meta.get("steps")):
         return Progress(step=steps, steps=steps)
     return None

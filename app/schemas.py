@@ -1,5 +1,6 @@
 """The public contract: what a client sends and sees."""
 
+from collections.abc import Iterator
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
@@ -7,9 +8,19 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from pydantic_core import PydanticCustomError
 
 Status = Literal["queued", "running", "succeeded", "failed", "canceled", "expired"]
-Task = Literal["text-to-image", "image-to-image", "inpainting"]
+Task = Literal["text-to-image", "image-to-image", "inpaint", "variation", "interpolate"]
+Guide = Literal["classifier_free", "rescale", "interval", "clip", "classifier"]
 OutputFormat = Literal["png", "jpeg", "webp", "avif"]
 Priority = Literal["high", "normal", "low"]
+
+TAKES: dict[Task, tuple[tuple[str, ...], tuple[str, ...]]] = {  # what each needs, and what it may have besides
+    "text-to-image": (("prompt",), ()),
+    "image-to-image": (("prompt", "image"), ("strength",)),
+    "inpaint": (("prompt", "image", "mask"), ("strength",)),
+    "variation": (("image",), ("prompt", "end_prompt", "mix")),
+    "interpolate": ((), ("prompt", "image", "end_prompt", "end_image", "mix")),
+}
+PICTURES = ("image", "mask", "end_image")
 
 MAX_SEED = 2**53 - 1  # the largest integer that JSON clients in JavaScript keep
 
@@ -19,14 +30,51 @@ Text = Annotated[str, StringConstraints(max_length=10_000, pattern=r"^[^\x00]*$"
 Name = Annotated[str, StringConstraints(max_length=64)]
 
 
+class Guidance(BaseModel, frozen=True):
+    """What steers the sampling beside `guidance_scale`, which is that of classifier-free guidance."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    clip: float | None = Field(
+        default=None, ge=0, description="CLIP guidance: how hard a noise-aware CLIP pulls to the prompt."
+    )
+    classifier: float | None = Field(
+        default=None, ge=0, description="Classifier guidance: how hard a noisy classifier pulls to the class."
+    )
+    rescale: float | None = Field(
+        default=None, ge=0, le=1, description="How much of the contrast that guidance adds is taken back."
+    )
+    interval: list[float] | None = Field(
+        default=None,
+        min_length=2,
+        max_length=2,
+        description="The part of the steps that is guided, such as [0.2, 0.8]; the others cost half as much.",
+    )
+
+    @field_validator("interval")
+    @classmethod
+    def _in_order(cls, value: list[float] | None) -> list[float] | None:
+        if value is not None and not 0 <= value[0] < value[1] <= 1:
+            raise PydanticCustomError("interval", "must be two numbers from 0 to 1, the smaller first")
+        return value
+
+    @property
+    def asked(self) -> list[Guide]:
+        """What is to be used, by name."""
+        return [name for name in ("rescale", "interval", "clip", "classifier") if getattr(self, name)]
+
+
 class GenerationRequest(BaseModel, frozen=True):
     """A picture, or `n` of them, to be made. Unset numbers take the model's defaults (`GET /v1/models`)."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     model: Name | None = Field(None, description="A name from `GET /v1/models`; the first one if unset.")
-    prompt: Annotated[Text, StringConstraints(strip_whitespace=True, min_length=1)] = Field(
-        description="What to draw. What exceeds the model's text encoder is cut, and `warnings` says what was."
+    task: Task | None = Field(None, description="What to do; if unset, it follows from what comes with the prompt.")
+    prompt: Annotated[Text, StringConstraints(strip_whitespace=True, min_length=1)] | None = Field(
+        None,
+        description="What to draw. What exceeds the model's text encoder is cut, and `warnings` says what was. "
+        "Variations and interpolations of pictures do without.",
     )
     negative_prompt: Text = Field("", description="What to steer away from; needs guidance_scale > 1.")
     n: int = Field(1, ge=1, description="How many pictures; picture i has the seed `seed + i`.")
@@ -36,11 +84,17 @@ class GenerationRequest(BaseModel, frozen=True):
     guidance_scale: float | None = Field(
         None, ge=0, description="Classifier-free guidance; at 1 or less it is off, and a step costs half as much."
     )
+    guidance: Guidance = Field(default_factory=Guidance, description="Other guidance, where the model has it.")
     scheduler: Name | None = Field(None, description="The sampler, by a name that the model lists.")
     seed: int | None = Field(None, ge=0, le=MAX_SEED, description="Zero is a seed. A random one if unset.")
     image: str | None = Field(None, description="The picture to start from: base64 or a `data:` URL.")
     mask: str | None = Field(None, description="White where `image` is to be repainted; of the same size.")
     strength: float | None = Field(None, gt=0, le=1, description="How far to leave `image`: 1 ignores it.")
+    end_prompt: Text | None = Field(
+        None, description="Interpolation: what to draw at the other end. A variation moves as `prompt` differs from it."
+    )
+    end_image: str | None = Field(None, description="Interpolation: the picture at the other end.")
+    mix: float | None = Field(None, ge=0, le=1, description="Where between the two ends: 0 is the first. 0.5 if unset.")
     output_format: OutputFormat = "png"
     preview_every: int | None = Field(None, ge=1, description="Publish a preview after every so many steps.")
     reproducible: bool = Field(False, description="Same seed, same bytes, whatever else the worker is doing.")
@@ -66,20 +120,42 @@ class GenerationRequest(BaseModel, frozen=True):
         return value
 
     @property
-    def task(self) -> Task:
-        """What kind of generation this is follows from what came with it."""
+    def kind(self) -> Task:
+        """The task, also where it is not named."""
+        if self.task is not None:
+            return self.task
         if self.mask is not None:
-            return "inpainting"
+            return "inpaint"
+        if self.end_prompt is not None or self.end_image is not None:
+            return "interpolate"
         return "text-to-image" if self.image is None else "image-to-image"
+
+    def problems(self) -> Iterator[tuple[str, str]]:
+        """What does not go together, or is missing: (field, what is wrong)."""
+        kind = self.kind
+        needed, allowed = TAKES[kind]
+        for field in ("prompt", "image", "mask", "strength", "end_prompt", "end_image", "mix"):
+            given = getattr(self, field) is not None
+            if field in needed and not given:
+                yield field, f"{kind} needs one"
+            elif given and field not in needed + allowed:
+                yield field, f"has no meaning for {kind}"
+        if kind == "interpolate":
+            for prompt, image in (("prompt", "image"), ("end_prompt", "end_image")):
+                if (getattr(self, prompt) is None) == (getattr(self, image) is None):
+                    yield prompt, f"interpolate needs either `{prompt}` or `{image}`"
+        if kind == "variation" and self.end_prompt is not None and self.prompt is None:
+            yield "prompt", "a variation moves as `end_prompt` differs from `prompt`"
 
 
 class Parameters(GenerationRequest, frozen=True):
     """A request with everything decided: what the worker runs and `Generation.parameters` shows.
 
-    `image` and `mask` hold the SHA-256 of the stored picture instead of its bytes.
+    Pictures are named by the SHA-256 of what is stored instead of their bytes.
     """
 
     model: str
+    prompt: str = ""
     width: int
     height: int
     num_inference_steps: int
@@ -91,6 +167,7 @@ class Parameters(GenerationRequest, frozen=True):
 class Progress(BaseModel):
     step: int = Field(description="Steps done, of the picture that is furthest behind.")
     steps: int
+    stage: str | None = Field(default=None, description="Of a model that draws in several: `prior`, for one.")
 
 
 class Image(BaseModel):
@@ -174,6 +251,8 @@ class Model(BaseModel):
     licence: str
     licence_url: str
     tasks: list[Task]
+    guidance: list[Guide]
+    classes: list[str] = Field([], description="What a class-conditional model draws: its prompts are these.")
     size: Size
     limits: ModelLimits
     defaults: ModelDefaults

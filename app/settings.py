@@ -43,7 +43,7 @@ class Settings(BaseSettings):
     cards_dir: DirectoryPath | None = None  # more model cards (*.toml), for models of your own
 
     # What is served
-    models: Names = ("emoji-sd",)  # the first is the default; the others need a download
+    models: Names = ("emoji-sd", "emoji-unclip", "emoji-classes")  # the first is the default; all that ship
     pinned_models: Names = ()  # never leave memory, whatever else is asked for
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")  # auto: cuda where there is one, else cpu
     memory_mib: int = Field(0, ge=0)  # budget for resident models; 0: 80 % of the device, the rest is for activations

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from app.schemas import GenerationRequest, Model, ModelDefaults, ModelLimits, Size
+from app.schemas import GenerationRequest, Guide, Model, ModelDefaults, ModelLimits, Size, Task
 
 CARDS = Path(__file__).parent / "cards"
 WEIGHTS = Path(__file__).parent / "weights"
@@ -57,6 +57,13 @@ class Dtype(Strict):
     cuda: Literal["float32", "float16", "bfloat16"] = "float16"
 
 
+class Stage(Strict):
+    """How an earlier stage of a model samples."""
+
+    num_inference_steps: int
+    guidance_scale: float
+
+
 class ModelCard(Strict):
     """One file of `models/cards`."""
 
@@ -68,7 +75,11 @@ class ModelCard(Strict):
     dtype: Dtype = Dtype()
     licence: str
     licence_url: str
-    tasks: list[Literal["text-to-image", "image-to-image", "inpainting"]]
+    tasks: list[Task]
+    guidance: list[Guide] = ["classifier_free"]
+    classes: list[str] = []  # of a class-conditional model, which draws nothing else
+    parts: dict[str, Path] = {}  # what it is put together from beside the source: folders of single models, by name
+    prior: Stage | None = None  # of a model that first draws an embedding
     size: Size
     limits: ModelLimits
     defaults: ModelDefaults
@@ -93,9 +104,25 @@ class ModelCard(Strict):
     def problems(self, request: GenerationRequest) -> Iterator[tuple[str, str]]:
         """What this model cannot do of a request: (field, what is wrong)."""
         yield from self._limit_problems(request)
-        if request.task not in self.tasks:
-            field = "mask" if request.mask is not None else "image"
-            yield field, f"{self.name} does not do {request.task}"
+        yield from request.problems()
+        if request.kind not in self.tasks:
+            yield self._what_made_it(request), f"{self.name} does not do {request.kind}"
+        for guide in request.guidance.asked:
+            if guide not in self.guidance:
+                yield f"guidance.{guide}", f"{self.name} has none; it has {', '.join(self.guidance)}"
+        if self.classes and request.prompt is not None and request.prompt not in self.classes:
+            some = ", ".join(self.classes[:5])
+            yield "prompt", f"{self.name} draws {len(self.classes)} classes, such as {some}; see `GET /v1/models`"
+        if request.negative_prompt and self.classes:
+            yield "negative_prompt", f"{self.name} draws classes, and has none to steer away from"
+
+    @staticmethod
+    def _what_made_it(request: GenerationRequest) -> str:
+        """The field that decided what kind of generation this is."""
+        if request.task is not None:
+            return "task"
+        fields = ("mask", "end_prompt", "end_image", "image")
+        return next((field for field in fields if getattr(request, field) is not None), "prompt")
 
     def _limit_problems(self, request: GenerationRequest) -> Iterator[tuple[str, str]]:
         for field in ("width", "height"):

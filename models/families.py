@@ -1,13 +1,18 @@
 """Which code draws which family of models."""
 
+from collections.abc import Mapping
 from typing import Any, Protocol
+
+from torch import nn
 
 from app.schemas import Parameters
 from models.catalog import ModelCard
+from models.class_conditional import ClassConditional
 from models.preview import LatentColours
-from models.program import Net, Program
-from models.stable_diffusion import Inputs, StableDiffusion
+from models.program import Inputs, Net, Program
+from models.stable_diffusion import StableDiffusion
 from models.stock import StockPipelines
+from models.unclip import UnCLIP
 
 
 class Resident(Protocol):
@@ -15,6 +20,7 @@ class Resident(Protocol):
 
     card: ModelCard
     pipeline: Any
+    parts: Mapping[str, nn.Module]  # beside the pipeline's own
     denoiser: Net
     decoder: Net
     colours: LatentColours  # for previews
@@ -23,4 +29,9 @@ class Resident(Protocol):
     def warnings(self, r: Parameters) -> list[str]: ...
 
 
-FAMILIES = {"stable-diffusion": StableDiffusion, "diffusers": StockPipelines}
+FAMILIES = {
+    "stable-diffusion": StableDiffusion,
+    "class-conditional": ClassConditional,
+    "unclip": UnCLIP,
+    "diffusers": StockPipelines,
+}

@@ -1,5 +1,7 @@
 """Guidance: functions of the model's outputs, each citing its paper."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,44 @@ def classifier_free(e: Tensor, scale: Tensor, unconditional: Tensor, conditional
     row = torch.arange(len(e), device=e.device)
     e_u, e_c = e[row + unconditional], e[row + conditional]
     return e_u + over(scale, e) * (e_c - e_u)
+
+
+def rescale(guided: Tensor, e: Tensor, conditional: Tensor, factor: Tensor) -> Tensor:
+    """Guided outputs with a part of their excess contrast taken back: Lin et al. 2023, section 3.4.
+
+    Args:
+        guided, e: [rows, …] with and without guidance; conditional: [rows] as above; factor: [rows] φ in [0, 1].
+    """
+    e_c = e[torch.arange(len(e), device=e.device) + conditional]
+    dims = list(range(1, e.ndim))
+    shrunk = guided * (e_c.std(dims, keepdim=True) / guided.std(dims, keepdim=True).clamp(min=1e-8))
+    return torch.lerp(guided, shrunk, over(factor, e))
+
+
+def in_interval(interval: Sequence[float] | None, i: int, calls: int) -> bool:
+    """Whether call i of so many is guided, 0 being the first call and 1 past the last: Kynkäänniemi et al. 2024."""
+    return interval is None or interval[0] <= i / calls < interval[1]
+
+
+def clip(seen: Tensor, caption: Tensor) -> Tensor:
+    """[rows] how well what CLIP sees agrees with its caption, both [rows, width]: Nichol et al. 2021, section 2.4."""
+    return (seen * caption).sum(-1)
+
+
+def classifier(seen: Tensor, classes: Tensor, label: Tensor) -> Tensor:
+    """[rows] log p(y | x) of a noisy classifier: Dhariwal & Nichol 2021, section 4.
+
+    Args:
+        seen: [rows, width]; classes: [classes, width], whose products are the logits; label: [rows].
+    """
+    return torch.log_softmax(seen @ classes.T, -1).gather(1, label[:, None])[:, 0]
+
+
+def gradient(objective: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """∇ₓ of each row's own objective. Rows do not interact, so one backward of their sum serves them all."""
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_(True)
+        return torch.autograd.grad(objective(leaf).sum(), leaf)[0]
 
 
 def over(scalars: Tensor, x: Tensor) -> Tensor:

@@ -5,15 +5,14 @@ Only safetensors are read: a pickle runs whatever code its author put into it.
 
 import inspect
 import json
-import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path, PurePath
 from typing import Any
 
 import diffusers
 import torch
 import transformers
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, PriorTransformer
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from httpx2 import HTTPError
 from huggingface_hub import get_cached_repo_tree, snapshot_download
@@ -22,6 +21,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from models.catalog import WEIGHTS, Folder, Hub, ModelCard, SingleFile
+from models.noised_clip import NoisedCLIP
+from models.unclip import ImageProjection
 
 INDEX = "model_index.json"
 PICKLES = frozenset({".bin", ".ckpt", ".pt", ".pth"})
@@ -36,9 +37,6 @@ UNREADABLE = (  # what the libraries raise for a source that is missing, out of 
 
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()  # the hub's as well
-logging.getLogger("transformers.utils.import_utils").setLevel(
-    logging.ERROR
-)  # misses torchvision, which nothing here uses
 
 
 class UnsafeWeights(ValueError):
@@ -75,9 +73,41 @@ def load_pipeline(card: ModelCard, device: str) -> DiffusionPipeline:
     return pipeline.to(device)
 
 
-def resident_bytes(pipeline: DiffusionPipeline) -> int:
-    """What the pipeline's parameters and buffers occupy; a tensor that modules share counts once."""
-    tensors = (tensor for module in modules(pipeline) for tensor in (*module.parameters(), *module.buffers()))
+PARTS: dict[str, Any] = {
+    "CLIPModel": transformers.CLIPModel,
+    "ImageProjection": ImageProjection,
+    "NoisedCLIP": NoisedCLIP,
+    "PriorTransformer": PriorTransformer,
+}
+
+
+def load_parts(card: ModelCard, device: str) -> dict[str, nn.Module]:
+    """What the card's model has beside its pipeline, by name: single models, of a class that their configuration names.
+
+    Raises:
+        UnsafeWeights, ModelUnavailable: as of `load_pipeline`.
+    """
+    dtype = getattr(torch, card.dtype.cpu if torch.device(device).type == "cpu" else card.dtype.cuda)
+    parts: dict[str, nn.Module] = {}
+    for name, path in card.parts.items():
+        folder = WEIGHTS / path
+        try:
+            refuse_pickles(folder, [file.relative_to(folder) for file in folder.glob("*")], {})
+            config = json.loads((folder / "config.json").read_text())
+            part = PARTS[config.get("_class_name", "CLIPModel")]
+            parts[name] = (
+                part.from_pretrained(folder, dtype=dtype, use_safetensors=True).eval().requires_grad_(False).to(device)
+            )
+        except UnsafeWeights:
+            raise
+        except UNREADABLE as error:
+            raise ModelUnavailable(f"{card.name}: cannot load its {name} from {folder}: {error}") from error
+    return parts
+
+
+def resident_bytes(modules: Iterable[nn.Module]) -> int:
+    """What the parameters and buffers of these occupy; a tensor that modules share counts once."""
+    tensors = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 BUCKETS = (1, 2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48)  # 64 rows and more trace another graph in Upsample2D
@@ -43,8 +44,18 @@ class Call:
     net: Net
     args: dict[str, Any]
     rows: int
-    at: tuple[int, int] | None = None  # i of n denoising steps are done: progress
+    at: tuple[int, int] | None = None  # i of n denoising steps are done, over all stages: progress
     estimate: Tensor | None = None  # what the picture looks like so far, [1, C, h, w] latents: previews
+    stage: str = ""  # the stage that the step belongs to, of a model that has several
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What came with a request as pictures."""
+
+    image: Image.Image | None = None
+    mask: Image.Image | None = None
+    end_image: Image.Image | None = None
 
 
 Program = Generator[Call, Any, Tensor]

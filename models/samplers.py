@@ -38,6 +38,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "unipc": ("UniPCMultistepScheduler", {}),
 }
 NOT_LINEAR = frozenset({"pndm", "unipc"})
+SIGNAL = 0.2
 MEMORY = ("e1", "x1", "e2", "x2")  # what a table remembers of earlier steps
 
 
@@ -47,6 +48,7 @@ class Sampler(Protocol):
     timesteps: Tensor  # [N]
     scales: Tensor  # [N], of the sample on its way into the net
     coefficients: Tensor  # [N, 7], of the update inside the net call
+    pushes: Tensor  # [N], what a gradient of log p is worth in the model's output, see `push_coefficient`
     init_noise_sigma: float
 
     def noise(self, i: int, like: Tensor, rng: torch.Generator) -> Tensor: ...  # drawn just when the scheduler would
@@ -109,6 +111,7 @@ class Table:
         self._signals, self._noises, self._draws = [1.0] * count, [1.0] * count, [False] * count
         self._read_off(stock)
         self._estimates = estimates(stock, self.timesteps, self.scales)
+        self.pushes = torch.tensor([push_coefficient(stock, t) for t in self.timesteps])
 
     def _read_off(self, stock: Any) -> None:
         count = len(self.timesteps)
@@ -164,6 +167,7 @@ class Stepping:
         self.scales = torch.ones(count)  # neither of them scales
         self.coefficients = torch.zeros(count, 3 + len(MEMORY))
         self._estimates = estimates(stock, self.timesteps, self.scales)
+        self.pushes = torch.tensor([push_coefficient(stock, t) for t in self.timesteps])
 
     def noise(self, i: int, like: Tensor, rng: torch.Generator) -> Tensor:
         return torch.zeros_like(like)
@@ -198,16 +202,27 @@ def estimates(stock: Any, timesteps: Tensor, scales: Tensor) -> list[tuple[float
     return [(of_x * scale, of_e) for (of_x, of_e), scale in pairs]
 
 
-def estimate_coefficients(stock: Any, t: Tensor) -> tuple[float, float]:
-    """How x0 follows from the variance-preserving sample and the model's output: Salimans & Ho 2022, appendix D."""
-    flow = not hasattr(stock, "alphas_cumprod") or stock.config.prediction_type == "flow_prediction"
-    if flow:  # x_t = (1 - σ) x0 + σ noise, and e = noise - x0
-        return 1.0, -float(t) / stock.config.num_train_timesteps
+def signal_and_noise(stock: Any, t: Tensor) -> tuple[float, float]:
+    """α and σ of the sample at a timestep: x_t = α x0 + σ noise."""
+    if flows(stock):
+        sigma = float(t) / stock.config.num_train_timesteps
+        return 1 - sigma, sigma
     position = min(max(float(t), 0.0), len(stock.alphas_cumprod) - 1.0)  # Euler's timesteps lie between two
     low = int(position)
     high = min(low + 1, len(stock.alphas_cumprod) - 1)
     alpha_bar = float(torch.lerp(stock.alphas_cumprod[low], stock.alphas_cumprod[high], position - low))
-    alpha, sigma = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+    return alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+
+
+def flows(stock: Any) -> bool:
+    return not hasattr(stock, "alphas_cumprod") or stock.config.prediction_type == "flow_prediction"
+
+
+def estimate_coefficients(stock: Any, t: Tensor) -> tuple[float, float]:
+    """How x0 follows from the variance-preserving sample and the model's output: Salimans & Ho 2022, appendix D."""
+    alpha, sigma = signal_and_noise(stock, t)
+    if flows(stock):  # e = noise - x0
+        return 1.0, -sigma
     match stock.config.prediction_type:
         case "epsilon":
             return 1 / max(alpha, 1e-4), -sigma / max(alpha, 1e-4)
@@ -217,6 +232,17 @@ def estimate_coefficients(stock: Any, t: Tensor) -> tuple[float, float]:
             return 0.0, 1.0
         case other:
             raise ValueError(f"no estimate for prediction_type {other!r}")
+
+
+def push_coefficient(stock: Any, t: Tensor) -> float:
+    """What the model's output changes by for a gradient of log p(y | x_t), of which x0 moves by σ²/α times as much.
+
+    That is ε - σ ∇ log p of Dhariwal & Nichol 2021, algorithm 2, whatever the model predicts. Where the sample is all
+    noise, α is taken to be no less than SIGNAL: nothing can be said of it, and it would be said infinitely loud.
+    """
+    alpha, sigma = signal_and_noise(stock, t)
+    of_e = estimate_coefficients(stock, t)[1]
+    return sigma**2 / max(alpha, SIGNAL) / of_e if of_e else 0.0
 
 
 def one_hot(size: int, at: int) -> Tensor:

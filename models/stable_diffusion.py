@@ -4,40 +4,31 @@ Guidance and the sampler's update happen inside the net call, for all rows at on
 calls. The results are those of diffusers' StableDiffusion*Pipeline, draw for draw from the same generator.
 """
 
-from collections.abc import Generator
-from dataclasses import dataclass
+from collections.abc import Generator, Mapping
 from functools import cached_property
 from typing import Any
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from app.schemas import Parameters
 from models import guidance, samplers
 from models.catalog import ModelCard
 from models.preview import LatentColours
-from models.program import BUCKETS, Call, Net, Program, generator
+from models.program import BUCKETS, Call, Inputs, Net, Program, generator
 
 UNCONDITIONAL_THEN_CONDITIONAL = (torch.tensor([0, -1]), torch.tensor([1, 0]))  # where each row finds its pair
 ALONE = (torch.tensor([0]), torch.tensor([0]))
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What came with a request as pictures."""
-
-    image: Image.Image | None = None
-    mask: Image.Image | None = None
+NO_PARTS: Mapping[str, nn.Module] = {}
 
 
 class StableDiffusion:
     """One resident model: weights, and the nets that its programs call. Read-only to requests."""
 
-    def __init__(self, card: ModelCard, pipeline: Any):
-        self.card = card
-        self.pipeline = pipeline
+    def __init__(self, card: ModelCard, pipeline: Any, parts: Mapping[str, nn.Module] = NO_PARTS):
+        self.card, self.pipeline, self.parts = card, pipeline, parts
         self.device, self.dtype = pipeline.unet.device, pipeline.unet.dtype
         self.scheduler_config = samplers.frozen_config(pipeline.scheduler)
         self.scaling = pipeline.vae.config.scaling_factor
@@ -50,6 +41,9 @@ class StableDiffusion:
         self.text_encoder = Net("encode_text", self.encode_text, width=32)
         self.image_encoder = Net("encode_image", self.encode_image, width=1)
         self.decoder = Net("decode", self.decode, buckets=(1, 2, 4, 8), width=8)
+        if "noised_clip" in parts:
+            self.caption_encoder = Net("encode_caption", self.encode_caption, width=32)
+            self.steering = Net("steer", self.steer, buckets=buckets, width=16, journaled=True)
         self.colours = LatentColours.fit(lambda pixels: self.encode_image(pixels=pixels)[0] * self.scaling, self.device)
 
     # -- the nets: rows in, rows out
@@ -68,6 +62,8 @@ class StableDiffusion:
         conditional: Tensor,
         coefficients: Tensor,
         extra: Tensor | None = None,
+        rescale: Tensor | None = None,
+        push: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """One guided sampler step for each row.
 
@@ -75,6 +71,7 @@ class StableDiffusion:
             sample, noise: [rows, C, h, w]; memory: [rows, 4, C, h, w], see `samplers.MEMORY`.
             timestep, scale, guidance_scale, unconditional, conditional: [rows]; context: [rows, tokens, width].
             coefficients: [rows, 7] of the update; extra: [rows, 1 + C, h, w] mask and masked latents for 9 channels.
+            rescale: [rows] see `guidance.rescale`; push: [rows, C, h, w] what CLIP or a classifier adds to the output.
         Returns:
             the next sample and the guided output, both [rows, C, h, w] float32.
         """
@@ -82,7 +79,10 @@ class StableDiffusion:
         if extra is not None:
             seen = torch.cat([seen, extra], 1)
         e = self.pipeline.unet(seen.to(self.dtype), timestep, encoder_hidden_states=context, return_dict=False)[0]
-        e = guidance.classifier_free(e.float(), guidance_scale, unconditional, conditional)
+        e = e.float()
+        guided = guidance.classifier_free(e, guidance_scale, unconditional, conditional)
+        e = guided if rescale is None else guidance.rescale(guided, e, conditional, rescale)
+        e = e if push is None else e + push
         terms = torch.cat([torch.stack([sample, e, noise], 1), memory], 1)
         return torch.einsum("rk,rkchw->rchw", coefficients, terms), e
 
@@ -100,24 +100,36 @@ class StableDiffusion:
         pixels = self.pipeline.vae.decode((latents / self.scaling).to(self.dtype), return_dict=False)[0]
         return (pixels.float() / 2 + 0.5).clamp(0, 1)
 
+    def encode_caption(self, *, input_ids: Tensor) -> Tensor:
+        """[rows, tokens] to embeddings of length one, [rows, width], as CLIP has them."""
+        clip: Any = self.parts["clip"]
+        features = clip.get_text_features(input_ids=input_ids.to(self.device)).pooler_output
+        return torch.nn.functional.normalize(features.float(), dim=-1)
+
+    def steer(self, *, sample: Tensor, timestep: Tensor, caption: Tensor) -> Tensor:
+        """[rows, C, h, w]: where each sample agrees better with its caption, see `guidance.clip`."""
+        noised_clip = self.parts["noised_clip"]
+        return guidance.gradient(lambda x: guidance.clip(noised_clip(x, timestep), caption), sample)
+
     # -- the program
 
     def draw(self, r: Parameters, seed: int, inputs: Inputs) -> Program:
         """One picture."""
         rng = generator(seed)
         guided = r.guidance_scale > 1
-        rows = 2 if guided else 1
-        context = yield Call(self.text_encoder, {"input_ids": self.tokens(r, guided)}, rows)
+        context = yield from self.conditioning(r, guided, inputs, seed)
+        steering = yield from self.steered_by(r)
 
         left_out = skipped_steps(r)
         sampler = samplers.sampler(r.scheduler, self.scheduler_config, r.num_inference_steps, left_out)
-        calls, steps = len(sampler.timesteps), r.num_inference_steps - left_out
+        calls, steps, before = len(sampler.timesteps), r.num_inference_steps - left_out, self.steps_before(r)
         shape = (1, self.channels, r.height // self.factor, r.width // self.factor)
+        image = inputs.image if r.strength is not None else None
         blending = inputs.mask is not None and self.inpaints_by_blending
 
         x0 = None
-        if inputs.image is not None and (inputs.mask is None or blending or r.strength != 1):
-            x0 = yield from self.latents(self.pixels(inputs.image), rng)
+        if image is not None and (inputs.mask is None or blending or r.strength != 1):
+            x0 = yield from self.latents(self.pixels(image), rng)
         noise = self.noise(shape, rng)
         if x0 is None or (inputs.mask is not None and r.strength == 1):
             x = noise * sampler.init_noise_sigma
@@ -125,31 +137,27 @@ class StableDiffusion:
             x = sampler.add_noise(0, x0, noise)
 
         repaint = extra = None
-        if inputs.image is not None and inputs.mask is not None:
+        if image is not None and inputs.mask is not None:
             hole, mask = self.masks(inputs.mask, shape)
             if blending:
                 repaint = mask
                 self.noise(shape, rng)  # the stock pipeline draws here too, for masked latents that it does not use
             else:
-                kept = yield from self.latents(self.pixels(inputs.image) * (hole < 0.5), rng)
-                extra = torch.cat([mask, kept], 1).expand(rows, -1, -1, -1)
+                kept = yield from self.latents(self.pixels(image) * (hole < 0.5), rng)
+                extra = torch.cat([mask, kept], 1)
 
-        unconditional, conditional = UNCONDITIONAL_THEN_CONDITIONAL if guided else ALONE
-        unchanging = {
-            "context": context,
-            "guidance_scale": torch.tensor(r.guidance_scale if guided else 1.0, device=self.device),
-            "unconditional": unconditional.to(self.device),
-            "conditional": conditional.to(self.device),
-        }
-        if extra is not None:
-            unchanging["extra"] = extra
         timesteps, scales = sampler.timesteps.float().to(self.device), sampler.scales.to(self.device)
-        coefficients = sampler.coefficients.to(self.device)
+        coefficients, pushes = sampler.coefficients.to(self.device), sampler.pushes.to(self.device)
+        with_guidance, without = self.conditions(r, context, extra)
         e1 = x1 = e2 = x2 = torch.zeros_like(x)
         estimate = None
         for i in range(calls):
+            done = samplers.steps_done(i, calls, steps)
+            at = before + done[0], before + steps
+            conditions = with_guidance if guidance.in_interval(r.guidance.interval, i, calls) else without
+            rows = len(conditions["context"])
             fresh = sampler.noise(i, x, rng)
-            args = unchanging | {
+            args = conditions | {
                 "sample": x.expand(rows, -1, -1, -1),
                 "noise": fresh.expand(rows, -1, -1, -1),
                 "memory": torch.stack([e1, x1, e2, x2], 1).expand(rows, -1, -1, -1, -1),
@@ -157,7 +165,12 @@ class StableDiffusion:
                 "scale": scales[i],
                 "coefficients": coefficients[i].expand(rows, -1),
             }
-            updated, e = yield Call(self.denoiser, args, rows, samplers.steps_done(i, calls, steps), estimate)
+            if steering is not None:
+                seen = {"sample": x * scales[i], "timestep": timesteps[i]}
+                net, told = steering
+                uphill = yield Call(net, seen | told, 1, at, estimate)
+                args["push"] = (self.strength_of_steering(r) * pushes[i] * uphill).expand(rows, -1, -1, -1)
+            updated, e = yield Call(self.denoiser, args, rows, at, estimate)
             updated, e = updated[:1], e[:1]
             estimate = sampler.estimate(i, x, e)
             e2, x2, e1, x1 = e1, x1, e, x
@@ -166,8 +179,49 @@ class StableDiffusion:
                 around = sampler.add_noise(i + 1, x0, noise) if i + 1 < calls else x0
                 x = (1 - repaint) * around + repaint * x
 
-        picture = yield Call(self.decoder, {"latents": x}, 1, (steps, steps))
+        picture = yield Call(self.decoder, {"latents": x}, 1, (before + steps, before + steps))
         return picture[0].cpu()
+
+    def conditioning(self, r: Parameters, guided: bool, inputs: Inputs, seed: int) -> Generator[Call, Any, Tensor]:
+        """What the denoiser is told: [rows, tokens, width], the unconditional row first if there is one."""
+        texts = [r.negative_prompt, r.prompt] if guided else [r.prompt]
+        return (yield Call(self.text_encoder, {"input_ids": self.tokens(texts)}, len(texts)))
+
+    def steps_before(self, r: Parameters) -> int:
+        """Steps of the stages before this one."""
+        return 0
+
+    def steered_by(self, r: Parameters) -> Generator[Call, Any, tuple[Net, dict[str, Tensor]] | None]:
+        """The net whose gradient steers, and what it is told beside the sample; none if nothing steers."""
+        if not r.guidance.clip:
+            return None
+        caption = yield Call(self.caption_encoder, {"input_ids": self.tokens([r.prompt])}, 1)
+        return self.steering, {"caption": caption}
+
+    def strength_of_steering(self, r: Parameters) -> float:
+        return r.guidance.clip or 0.0
+
+    def conditions(
+        self, r: Parameters, context: Tensor, extra: Tensor | None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The arguments of `denoise` that stay the same: with classifier-free guidance and, of one row, without."""
+
+        def arguments(context: Tensor) -> dict[str, Tensor]:
+            rows = len(context)
+            unconditional, conditional = UNCONDITIONAL_THEN_CONDITIONAL if rows == 2 else ALONE
+            found = {
+                "context": context,
+                "guidance_scale": torch.tensor(r.guidance_scale if rows == 2 else 1.0, device=self.device),
+                "unconditional": unconditional.to(self.device),
+                "conditional": conditional.to(self.device),
+            }
+            if extra is not None:
+                found["extra"] = extra.expand(rows, -1, -1, -1)
+            if r.guidance.rescale:
+                found["rescale"] = torch.tensor(r.guidance.rescale, device=self.device)
+            return found
+
+        return arguments(context), arguments(context[-1:])
 
     # -- what the program starts from
 
@@ -176,10 +230,9 @@ class StableDiffusion:
         """Pixels a latent, in each direction."""
         return 2 ** (len(self.pipeline.vae.config.block_out_channels) - 1)
 
-    def tokens(self, r: Parameters, guided: bool) -> Tensor:
-        """[rows, tokens]: the negative prompt first, as everywhere."""
+    def tokens(self, texts: list[str]) -> Tensor:
+        """[texts, tokens]"""
         tokenizer = self.pipeline.tokenizer
-        texts = [r.negative_prompt, r.prompt] if guided else [r.prompt]
         length = tokenizer.model_max_length
         return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
 

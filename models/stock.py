@@ -20,14 +20,14 @@ from diffusers.pipelines.auto_pipeline import (
     AutoPipelineForInpainting,
     AutoPipelineForText2Image,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from app.schemas import Parameters, Task
 from models import samplers
 from models.catalog import ModelCard
 from models.preview import LatentColours
-from models.program import BUCKETS, Call, Net, Program, generator
-from models.stable_diffusion import Inputs, unseen
+from models.program import BUCKETS, Call, Inputs, Net, Program, generator
+from models.stable_diffusion import NO_PARTS, unseen
 
 DENOISERS = ("unet", "transformer")
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder")
@@ -36,7 +36,7 @@ NOT_PER_ROW = frozenset({"txt_ids", "img_ids"})  # FLUX's positions
 AUTO: dict[Task, Any] = {
     "text-to-image": AutoPipelineForText2Image,
     "image-to-image": AutoPipelineForImage2Image,
-    "inpainting": AutoPipelineForInpainting,
+    "inpaint": AutoPipelineForInpainting,
 }
 
 Suspend = Callable[[Call], Any]
@@ -45,9 +45,8 @@ Suspend = Callable[[Call], Any]
 class StockPipelines:
     """One resident model, run through diffusers' own pipelines for each task."""
 
-    def __init__(self, card: ModelCard, pipeline: Any):
-        self.card = card
-        self.pipeline = pipeline
+    def __init__(self, card: ModelCard, pipeline: Any, parts: Mapping[str, nn.Module] = NO_PARTS):
+        self.card, self.pipeline, self.parts = card, pipeline, parts
         self.pipelines = {task: AUTO[task].from_pipe(pipeline) for task in card.tasks}
         for one in self.pipelines.values():
             one.set_progress_bar_config(disable=True)
@@ -62,7 +61,7 @@ class StockPipelines:
 
     def draw(self, r: Parameters, seed: int, inputs: Inputs) -> Program:
         """One picture."""
-        pipeline = self.pipelines[r.task]
+        pipeline = self.pipelines[r.kind]
         offered = {
             "prompt": r.prompt,
             "negative_prompt": r.negative_prompt or None,
@@ -73,6 +72,7 @@ class StockPipelines:
             "image": inputs.image,
             "mask_image": inputs.mask,
             "strength": r.strength,
+            "guidance_rescale": r.guidance.rescale,
             "max_sequence_length": self.card.limits.prompt_tokens,
             "generator": generator(seed),
             "output_type": "pt",

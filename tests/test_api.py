@@ -105,7 +105,7 @@ def test_a_generation_is_accepted_polled_and_fetched(http: httpx2.Client):
 
     done = polled(http, accepted.headers["location"])
     assert done["status"] == "succeeded"
-    assert done["progress"] == {"step": 2, "steps": 2}
+    assert done["progress"] == {"step": 2, "steps": 2, "stage": None}
     assert done["attempts"] == 1
     assert done["error"] is None
     assert done["warnings"] == []
@@ -454,7 +454,9 @@ def test_a_picture_that_there_is_not(http: httpx2.Client, drawn: dict[str, Any])
 
 
 def test_models_say_all_that_a_form_needs(http: httpx2.Client):
-    (model,) = http.get("/v1/models").json()["data"]
+    models = http.get("/v1/models").json()["data"]
+    assert [model["name"] for model in models] == ["emoji-sd", "emoji-unclip", "emoji-classes"]
+    model = models[0]
     assert model == http.get("/v1/models/emoji-sd").json()
     card = next(card for card in read_cards(CARDS) if card.name == "emoji-sd")
     assert model == card.public().model_dump()

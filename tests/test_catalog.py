@@ -3,10 +3,11 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from app.schemas import GenerationRequest
+from app.schemas import GenerationRequest, Guide, Task
 from models.catalog import CARDS, Catalog, ModelCard, read_cards
 
 ALL = list(read_cards(CARDS))
@@ -19,7 +20,8 @@ def card() -> ModelCard:
 
 
 def fields(card: ModelCard, **asked: object) -> list[str]:
-    return [field for field, _ in card.problems(GenerationRequest.model_validate({"prompt": "a dog", **asked}))]
+    prompt = next(iter(card.classes), "a dog")
+    return [field for field, _ in card.problems(GenerationRequest.model_validate({"prompt": prompt, **asked}))]
 
 
 def test_cards_are_read_without_torch():
@@ -110,3 +112,41 @@ def test_a_task_that_a_model_does_not_do_is_laid_at_what_made_it_one(card: Model
     assert fields(plain) == []
     assert fields(plain, image="x") == ["image"]
     assert fields(plain, image="x", mask="y") == ["mask"]
+    assert fields(plain, end_prompt="") == ["end_prompt"]
+
+
+EVERY_TASK = {"tasks": list(get_args(Task)), "guidance": list(get_args(Guide))}
+
+
+@pytest.mark.parametrize(
+    ("asked", "wrong"),
+    [
+        ({"prompt": None}, ["prompt"]),
+        ({"mix": 0.5}, ["mix"]),
+        ({"task": "text-to-image", "image": "x"}, ["image"]),
+        ({"task": "image-to-image"}, ["image"]),
+        ({"task": "inpaint", "image": "x"}, ["mask"]),
+        ({"task": "variation", "prompt": None, "image": "x"}, []),
+        ({"task": "variation", "image": "x", "strength": 0.5}, ["strength"]),
+        ({"task": "variation", "image": "x", "end_prompt": "a cat"}, []),
+        ({"task": "variation", "prompt": None, "image": "x", "end_prompt": "a cat"}, ["prompt"]),
+        ({"end_prompt": "a cat", "mix": 0.0}, []),
+        ({"prompt": None, "image": "x", "end_image": "y"}, []),
+        ({"image": "x", "end_image": "y"}, ["prompt"]),  # which of the two is the first end?
+        ({"task": "interpolate"}, ["end_prompt"]),
+        ({"guidance": {"clip": 2.0, "interval": [0.1, 0.9]}}, []),
+    ],
+)
+def test_what_does_not_go_together_is_named(card: ModelCard, asked: dict[str, object], wrong: list[str]):
+    assert fields(card.model_copy(update=EVERY_TASK), **asked) == wrong
+
+
+def test_guidance_that_a_model_has_not_is_named(card: ModelCard):
+    assert fields(card, guidance={"classifier": 1.0, "clip": 2.0}) == ["guidance.classifier"]
+    assert fields(card, guidance={"classifier": 0.0}) == []  # none is asked for
+
+
+def test_a_class_conditional_model_draws_its_classes_and_nothing_else():
+    classes = Catalog.read(["emoji-classes"]).default
+    assert fields(classes) == []
+    assert fields(classes, prompt="a dog on the moon", negative_prompt="cat") == ["prompt", "negative_prompt"]

@@ -7,7 +7,7 @@ import pytest
 
 from app.cli import cli
 from app.main import create_app
-from app.schemas import GenerationRequest
+from app.schemas import GenerationRequest, Guidance
 from app.settings import Settings, as_text
 from models.catalog import CARDS, read_cards
 
@@ -44,12 +44,12 @@ def test_every_model_is_in_the_readme(card):
     assert all(task in row.group() for task in card.tasks)
 
 
-@pytest.mark.parametrize("field", GenerationRequest.model_fields)
+@pytest.mark.parametrize("field", [*GenerationRequest.model_fields, *Guidance.model_fields])
 def test_every_field_of_a_request_is_in_the_readme(field: str):
     assert f"`{field}`" in README
 
 
-@pytest.mark.parametrize("command", [c.callback.__name__ for c in cli.registered_commands if c.callback])
+@pytest.mark.parametrize("command", [c.name or c.callback.__name__ for c in cli.registered_commands if c.callback])
 def test_every_command_is_in_the_readme(command: str):
     assert f"darkroom {command}" in README
 

@@ -14,8 +14,8 @@ import torch
 from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor
 
-from models.program import Call, Net
-from models.stable_diffusion import Inputs, StableDiffusion
+from models.program import Call, Inputs, Net
+from models.stable_diffusion import StableDiffusion
 from tests.test_stable_diffusion import asked, shipped  # noqa: F401
 from workers.engine import NARROW_FOR, Canceled, Engine, Pass, Ticket, take_apart
 from workers.outcomes import OutOfMemory

@@ -6,16 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from PIL import Image
 from torch import Tensor
 
 from app.schemas import Parameters
 from app.storage import BlobStore, open_store
-from models.catalog import Catalog
-from models.loading import load_pipeline
+from models.catalog import Catalog, ModelCard
+from models.loading import load_pipeline, modules
+from models.program import Inputs
 from models.samplers import SCHEDULERS
-from models.stable_diffusion import Inputs, StableDiffusion
+from models.stable_diffusion import StableDiffusion
 from tests import test_stock
 from tests.lab import until
 from tests.test_stable_diffusion import asked, shipped  # noqa: F401
@@ -88,11 +90,11 @@ def test_any_sampler_goes_on_with_the_same_bytes(shipped: StableDiffusion, sched
     resumed_with_the_same_bytes(shipped, r)
 
 
-@pytest.mark.parametrize("task", ["image-to-image", "inpainting"])
+@pytest.mark.parametrize("task", ["image-to-image", "inpaint"])
 def test_any_task_goes_on_with_the_same_bytes(shipped: StableDiffusion, task: str):  # noqa: F811
     image, mask = Image.new("RGB", (64, 64), "teal"), Image.new("L", (64, 64), 255)
     mask.paste(0, (0, 0, 32, 64))
-    masked = task == "inpainting"
+    masked = task == "inpaint"
     given = {"image": "sha256:1", "strength": 0.8, **({"mask": "sha256:2"} if masked else {})}
     r = asked(num_inference_steps=6, scheduler="dpmpp_2m_sde", width=64, height=64, reproducible=True, **given)
     resumed_with_the_same_bytes(shipped, r, Inputs(image, mask if masked else None))
@@ -204,15 +206,19 @@ def test_where_bytes_are_promised_another_kind_of_machine_begins_anew():
 def test_a_model_is_known_by_its_weights_its_card_and_the_code_that_draws(monkeypatch: pytest.MonkeyPatch):
     card = Catalog.read(["emoji-sd"]).default
     pipeline = load_pipeline(card, "cpu")
-    own = journal.model_identity(card, pipeline)
-    assert own == journal.model_identity(card, load_pipeline(card, "cpu"))
-    assert own != journal.model_identity(card.model_copy(update={"reproducible_rows": 4}), pipeline)
+
+    def identity(card: ModelCard, pipeline: DiffusionPipeline) -> bytes:
+        return journal.model_identity(card, modules(pipeline))
+
+    own = identity(card, pipeline)
+    assert own == identity(card, load_pipeline(card, "cpu"))
+    assert own != identity(card.model_copy(update={"reproducible_rows": 4}), pipeline)
     with torch.no_grad():
         pipeline.unet.conv_in.weight += 1e-3
-    assert own != journal.model_identity(card, pipeline)
+    assert own != identity(card, pipeline)
     again = load_pipeline(card, "cpu")
     monkeypatch.setattr(journal, "code", lambda: b"of another version")
-    assert own != journal.model_identity(card, again)
+    assert own != identity(card, again)
 
 
 # -- written behind the engine's back

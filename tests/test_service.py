@@ -2,7 +2,9 @@
 
 import base64
 import io
+import json
 import random
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -76,6 +78,17 @@ def mixed(i: int, rng: random.Random) -> dict:
     return request
 
 
+def finished(http: httpx2.Client, body: dict) -> dict:
+    """The generation when it has ended, however busy this machine is."""
+    answer = http.post("/v1/generations", json=body, headers={"Prefer": "wait=60"})
+    assert not answer.is_error, answer.text
+    generation = answer.json()
+    while generation["status"] in ("queued", "running"):
+        time.sleep(0.2)
+        generation = http.get(f"/v1/generations/{generation['id']}").json()
+    return generation
+
+
 def test_a_burst_of_mixed_requests_ends_with_every_id_in_a_right_state(two_models: LocalService):
     count, rng = 200, random.Random(2)
     requests = [mixed(i, rng) for i in range(count)]
@@ -120,7 +133,7 @@ def test_both_models_were_drawn_in_one_process(two_models: LocalService):
     with httpx2.Client(base_url=two_models.url, timeout=120) as http:
         for model in ("tiny", "emoji-sd", "tiny"):
             body = {"model": model, "prompt": "a dog", "num_inference_steps": 2}
-            done = http.post("/v1/generations", json=body, headers={"Prefer": "wait=60"}).json()
+            done = finished(http, body)
             assert done["status"] == "succeeded", done
 
 
@@ -132,8 +145,7 @@ def test_the_same_request_gives_the_same_bytes_alone_and_under_load(service: Loc
     with httpx2.Client(base_url=service.url, timeout=120) as http, ThreadPoolExecutor(8) as clients:
 
         def draw(body: dict) -> bytes:
-            done = http.post("/v1/generations", json=body, headers={"Prefer": "wait=60"}).json()
-            return http.get(done["images"][0]["url"]).content
+            return http.get(finished(http, body)["images"][0]["url"]).content
 
         alone = draw(exact)
         crowd = [clients.submit(draw, other | {"seed": seed}) for seed in range(4)]
@@ -143,10 +155,52 @@ def test_the_same_request_gives_the_same_bytes_alone_and_under_load(service: Loc
         assert len({future.result() for future in crowd}) == len(crowd)
 
 
+def test_every_model_that_ships_draws_what_it_is_for(service: LocalService):
+    """A picture by its class, varied, and on the way to another: three models, one service, one schema."""
+    with httpx2.Client(base_url=service.url, timeout=120) as http:
+        pulled = {
+            "model": "emoji-classes",
+            "prompt": "apple",
+            "num_inference_steps": 6,
+            "guidance": {"classifier": 2.0},
+        }
+        apple = finished(http, pulled)
+        assert apple["status"] == "succeeded", apple
+        picture = base64.b64encode(http.get(apple["images"][0]["url"]).content).decode()
+        by_clip = {"model": "emoji-unclip", "num_inference_steps": 3}
+        varied = finished(http, by_clip | {"task": "variation", "image": picture})
+        between = finished(http, by_clip | {"image": picture, "end_prompt": "a penguin", "mix": 0.25})
+        assert (varied["status"], between["status"]) == ("succeeded", "succeeded"), (varied, between)
+        assert between["parameters"]["task"] == "interpolate"
+        assert between["parameters"]["end_prompt"] == "a penguin"
+        assert between["progress"] == {"step": 11, "steps": 11, "stage": None}  # eight of them the prior's
+        drawn = finished(http, by_clip | {"prompt": "a penguin"})
+        stages = [
+            json.loads(line.partition(": ")[2]).get("stage")
+            for line in http.get(f"/v1/generations/{drawn['id']}/events").text.splitlines()
+            if line.startswith("data") and "steps" in line
+        ]
+        assert "prior" in stages
+        assert stages[-1] is None
+
+
+def test_what_a_model_cannot_do_is_refused_before_the_queue(service: LocalService):
+    asked = {"model": "emoji-sd", "prompt": "a dog", "task": "variation", "guidance": {"classifier": 1, "clip": 2}}
+    with httpx2.Client(base_url=service.url, timeout=30) as http:
+        refused = http.post("/v1/generations", json=asked)
+        assert refused.status_code == 422
+        wrong = {error["field"]: error["detail"] for error in refused.json()["errors"]}
+        assert wrong.keys() == {"image", "task", "guidance.classifier"}
+        assert wrong["task"] == "emoji-sd does not do variation"
+        shown = http.get("/v1/models/emoji-classes").json()
+        assert "classifier" in shown["guidance"]
+        assert "owl" in shown["classes"]
+
+
 def test_bytes_never_go_through_redis(service: LocalService, tmp_path: Path):
     body = {"prompt": "a dog", "num_inference_steps": 2, "image": picture((128, 128), "red"), "strength": 1.0}
     with httpx2.Client(base_url=service.url, timeout=120) as http, Redis.from_url(service.redis_url) as redis:
-        done = http.post("/v1/generations", json=body, headers={"Prefer": "wait=60"}).json()
+        done = finished(http, body)
         assert done["status"] == "succeeded", done
         for key in redis.scan_iter(f"*{done['id']}*"):
             dumped = redis.dump(key) or b""

@@ -14,8 +14,8 @@ from app.schemas import Parameters
 from models import samplers
 from models.catalog import Catalog
 from models.loading import load_pipeline
-from models.program import Program, generator
-from models.stable_diffusion import Inputs, StableDiffusion
+from models.program import Inputs, Program, generator
+from models.stable_diffusion import StableDiffusion
 from tests import tiny
 from workers.engine import Engine, Pass, Ticket
 

@@ -18,8 +18,8 @@ from app.schemas import Parameters, Task
 from models import samplers
 from models.catalog import Catalog, ModelCard
 from models.loading import load_pipeline
-from models.program import Call, Net, generator
-from models.stable_diffusion import Inputs, StableDiffusion
+from models.program import Call, Inputs, Net, generator
+from models.stable_diffusion import StableDiffusion
 from models.stock import AUTO, Proxy, StockPipelines, stock
 from tests import tiny
 from workers.engine import Canceled, Engine, Pass, Ticket
@@ -29,10 +29,10 @@ CARD = Catalog.read(["sdxl"])["sdxl"]
 NOTHING = Inputs()
 FAMILIES = {"sd": tiny.stable_diffusion, "sdxl": tiny.sdxl, "sd3": tiny.sd3, "flux": tiny.flux}
 TASKS: dict[str, list[Task]] = {
-    "sd": ["text-to-image", "image-to-image", "inpainting"],
-    "sdxl": ["text-to-image", "image-to-image", "inpainting"],
+    "sd": ["text-to-image", "image-to-image", "inpaint"],
+    "sdxl": ["text-to-image", "image-to-image", "inpaint"],
     "sd3": ["text-to-image", "image-to-image"],  # its inpainting takes 16 latent channels only
-    "flux": ["text-to-image", "image-to-image", "inpainting"],
+    "flux": ["text-to-image", "image-to-image", "inpaint"],
 }
 SOME = {"sd": "ddim", "sdxl": "euler", "sd3": "flow_match", "flux": "flow_match"}
 CASES = [(family, task) for family, tasks in TASKS.items() for task in tasks]
@@ -283,7 +283,7 @@ def asked(**given: Any) -> Parameters:
 def mixed(family: str, task: Task) -> list[Parameters]:
     """Requests with different samplers, steps, guidance and sizes; half of the steps are left out with a picture."""
     pictures = {"image": "given", "strength": 0.5} if task != "text-to-image" else {}
-    if task == "inpainting":
+    if task == "inpaint":
         pictures["mask"] = "given"
     steps = [4, 6, 4] if pictures else [3, 4, 2]
     names = (SCHEDULERS[1::2] if pictures else SCHEDULERS) if family in ("sd", "sdxl") else ["flow_match"] * 4
@@ -314,7 +314,7 @@ def inputs(r: Parameters) -> Inputs:
 
 def alone(model: StockPipelines, r: Parameters) -> Tensor:
     """By the stock pipeline itself."""
-    pipeline = AUTO[r.task].from_pipe(model.pipeline)
+    pipeline = AUTO[r.kind].from_pipe(model.pipeline)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.scheduler = samplers.scheduler(r.scheduler, model.scheduler_config)
     given = inputs(r)

@@ -9,8 +9,7 @@ import torch
 
 from app.schemas import Parameters
 from models.families import Resident
-from models.program import Call, Net, Program
-from models.stable_diffusion import Inputs
+from models.program import Call, Inputs, Net, Program
 from workers.engine import take_apart
 
 CLOSE_TO_PEAK = 0.95  # a wider pass than this needs buys little throughput and costs everybody latency
@@ -51,7 +50,8 @@ def example_calls(resident: Resident) -> tuple[Call, Call]:
     request = Parameters.model_validate(
         {
             "model": card.name,
-            "prompt": "warming up",
+            "task": "text-to-image",
+            "prompt": next(iter(card.classes), "warming up"),
             "width": card.size.width,
             "height": card.size.height,
             "num_inference_steps": 2,

@@ -51,6 +51,7 @@ class Ticket:
     replayed: int = 0  # of these, answered from the past
     resumed_at: int = 0  # the step at which they came to an end
     at: tuple[int, int] | None = None  # the last denoising step begun, of how many
+    stage: str = ""  # that this step belongs to
     estimate: Tensor | None = None
     result: Tensor | None = None
     error: Exception | None = None
@@ -216,7 +217,7 @@ class Engine:
             close(ticket.program)
         else:
             ticket.call = call
-            ticket.at = call.at or ticket.at
+            ticket.at, ticket.stage = call.at or ticket.at, call.stage
             ticket.estimate = call.estimate if call.estimate is not None else ticket.estimate
             self.waiting.append(Waiting(ticket, call, columns))
 

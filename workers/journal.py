@@ -11,6 +11,7 @@ import hashlib
 import json
 import platform
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import version
@@ -20,17 +21,15 @@ from typing import Any, NamedTuple
 import safetensors.torch
 import structlog
 import torch
-from diffusers import DiffusionPipeline
 from obstore.exceptions import BaseError as BlobStoreError
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as torch_pytree
 
 from app import metrics
 from app.schemas import Parameters
 from app.storage import BlobStore, journal_folder, page_key
 from models.catalog import ModelCard
-from models.loading import modules
 
 log = structlog.get_logger()
 
@@ -224,16 +223,16 @@ def identity(model: bytes, r: Parameters, index: int) -> bytes:
     return hashed(model, r.model_dump_json(exclude={"metadata", "expires_in", "priority"}), index, machine)
 
 
-def model_identity(card: ModelCard, pipeline: DiffusionPipeline) -> bytes:
+def model_identity(card: ModelCard, nets: Iterable[nn.Module]) -> bytes:
     """Of a resident model: its card, its weights and the code that draws with them."""
     libraries = [version(name) for name in ("torch", "diffusers", "transformers")]
-    return hashed(card.model_dump_json(), weights(pipeline), code(), *libraries)
+    return hashed(card.model_dump_json(), weights(nets), code(), *libraries)
 
 
-def weights(pipeline: DiffusionPipeline) -> bytes:
+def weights(nets: Iterable[nn.Module]) -> bytes:
     """A few values of every weight: fine-tuning changes nearly all of them, a merged adapter whole nets."""
     samples = list[Tensor]()
-    for module in modules(pipeline):
+    for module in nets:
         samples.append(torch.zeros(1))
         for parameter in module.parameters():
             flat = parameter.detach().reshape(-1)

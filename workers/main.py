@@ -23,7 +23,7 @@ from app.settings import Settings
 from app.storage import open_store
 from models.catalog import Catalog, ModelCard
 from models.families import FAMILIES, Resident
-from models.loading import load_pipeline
+from models.loading import load_parts, load_pipeline
 from workers.connection import OUTAGE, RedisAway, connect
 from workers.journal import Journal
 from workers.leases import Clock
@@ -119,7 +119,7 @@ def load_first(residency: Residency, models: list[str]) -> None:
 
 
 def resident(card: ModelCard, device: str) -> Resident:
-    return FAMILIES[card.family](card, load_pipeline(card, device))
+    return FAMILIES[card.family](card, load_pipeline(card, device), load_parts(card, device))
 
 
 def memory_mib(device: str) -> float:

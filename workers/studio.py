@@ -21,10 +21,10 @@ from torch import Tensor
 from app import metrics
 from app.images import encode, parameters_text
 from app.jobs import age_of
-from app.schemas import Parameters
+from app.schemas import PICTURES, Parameters
 from app.storage import BlobStore, image_key, input_key, preview_key
 from models.families import Resident
-from models.stable_diffusion import Inputs
+from models.program import Inputs
 from workers import journal
 from workers.engine import Engine, Pass, Ticket
 from workers.journal import Journal, Outputs, Record
@@ -69,6 +69,12 @@ class Drawing:
         return min((ticket.resumed_at for ticket in self.tickets), default=0) or None
 
     @property
+    def stage(self) -> str:
+        """Of the picture that is furthest behind."""
+        waiting = [ticket for ticket in self.tickets if ticket.call and ticket.at]
+        return min(waiting, key=lambda ticket: ticket.at or (0, 0)).stage if waiting else ""
+
+    @property
     def resident(self) -> Resident:
         return self.warm.resident
 
@@ -77,7 +83,8 @@ class Drawing:
         """Rows it still wants of every pass of the denoiser."""
         if not self.tickets:
             return rows_wanted(self.parameters)
-        return sum(t.call.rows for t in self.tickets if t.call and t.call.net is self.resident.denoiser)
+        denoising = sum(1 for t in self.tickets if t.call and t.call.net is not self.resident.decoder)
+        return denoising * rows_wanted(self.parameters) // self.parameters.n
 
     @property
     def error(self) -> Exception | None:
@@ -135,7 +142,7 @@ class Studio:
             raise self.residency.failure(parameters.model) or ModelUnavailable(f"{parameters.model} is not loaded")
         keys = [journal.identity(warm.identity, parameters, i) for i in range(parameters.n)]
         records = [Record(id, i, attempt, key) for i, key in enumerate(keys)]
-        needs_files = parameters.image is not None or attempt > 1
+        needs_files = any(getattr(parameters, field) for field in PICTURES) or attempt > 1
         inputs = self.files.submit(self._read, id, parameters, records) if needs_files else done((Inputs(), []))
         self.drawings[id] = drawing = Drawing(id, folder, parameters, warm, inputs, records)
         cost = parameters.n * parameters.num_inference_steps * (2 if parameters.guidance_scale > 1 else 1)
@@ -197,7 +204,7 @@ class Studio:
             return image.resize((parameters.width, parameters.height), Image.Resampling.LANCZOS)
 
         past = [self.journal.read(record) for record in records] if self.journal and records[0].attempt > 1 else []
-        return Inputs(picture("image"), picture("mask")), past
+        return Inputs(*(picture(field) for field in PICTURES)), past
 
     def _begin(self, drawing: Drawing) -> None:
         r = drawing.parameters
@@ -277,7 +284,8 @@ class Studio:
             if step > drawing.step and drawing.id in self.drawings:
                 drawing.step = step
                 resumed = {"resumed_at_step": at} if (at := drawing.resumed_at_step) else {}
-                self.reporter.report(drawing.id, "progress", {"step": step, "steps": steps, **resumed})
+                stage = {"stage": name} if (name := drawing.stage) else {}
+                self.reporter.report(drawing.id, "progress", {"step": step, "steps": steps, **stage, **resumed})
                 every = drawing.parameters.preview_every
                 if every and step % every == 0 and step < steps:
                     self._preview(drawing, step, steps)

@@ -13,7 +13,8 @@ from app.settings import Settings
 from app.storage import open_store
 from models.catalog import Catalog
 from models.loading import load_pipeline
-from models.stable_diffusion import Inputs, StableDiffusion
+from models.program import Inputs
+from models.stable_diffusion import StableDiffusion
 from workers.engine import Engine
 from workers.journal import Journal, Record
 

@@ -71,7 +71,7 @@ def pictures() -> dict[str, dict[str, Any]]:
         given = {"image": picture(), "strength": 0.7, "num_inference_steps": 8}
         found[f"image {scheduler}"] = {"prompt": "a sunflower", "scheduler": scheduler, **given}
     given = {"image": picture(), "mask": mask(), "num_inference_steps": 6}
-    found["inpainting"] = {"prompt": "a heart", "scheduler": "dpmpp_2m", **given}
+    found["inpaint"] = {"prompt": "a heart", "scheduler": "dpmpp_2m", **given}
     size = {"width": 64, "height": 64}
     return {name: {**size, **body, "seed": i, "reproducible": True} for i, (name, body) in enumerate(found.items())}
 

@@ -1,0 +1,154 @@
+"""`darkroom eval`: a suite of prompts over several models, side by side, with scores."""
+
+import html
+import json
+import statistics
+import tomllib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from pydantic import BaseModel
+
+from app.client import Client
+
+SUITES = Path(__file__).parent.parent / "models" / "suites"
+AT_ONCE = 16
+
+
+class Prompt(BaseModel, extra="forbid"):
+    category: str
+    prompt: str
+    background: str | None = None  # one of the suite's colours
+
+
+class Suite(BaseModel, extra="forbid"):
+    """A data file of prompts by category."""
+
+    title: str
+    colours: dict[str, tuple[int, int, int]] = {}
+    prompts: list[Prompt]
+
+    @classmethod
+    def read(cls, name: str) -> "Suite":
+        """A suite of ours by its name, or a file of yours.
+
+        Raises:
+            ValueError: there is none, or it is wrong; the message says what.
+        """
+        path = Path(name) if name.endswith(".toml") else SUITES / f"{name}.toml"
+        if not path.is_file():
+            ours = ", ".join(sorted(file.stem for file in SUITES.glob("*.toml")))
+            raise ValueError(f"there is no suite {name!r}; there are {ours}, and files that end in .toml")
+        return cls.model_validate(tomllib.loads(path.read_text()))
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of one model in one category."""
+
+    model: str
+    category: str
+    pictures: int
+    agreement: float  # CLIP's cosine of picture and prompt
+    found: float  # how often the picture's own prompt is CLIP's first choice among the suite's
+    background: float | None  # how often the border has the colour that was named
+
+
+def evaluate(
+    client: Client, suite: Suite, models: list[str], out: Path, given: dict[str, Any], tell: Callable[[str], None]
+) -> list[Score]:
+    """Draw every prompt with every model, score them, and write `out`/index.html, scores.json and the pictures."""
+    out.mkdir(parents=True, exist_ok=True)
+    scores = list[Score]()
+    for model in models:
+        requests = [{"model": model, "prompt": one.prompt, "seed": i} | given for i, one in enumerate(suite.prompts)]
+        paths = [picture_path(out, model, i) for i in range(len(requests))]
+        with ThreadPoolExecutor(AT_ONCE) as clients:
+            for done, _ in enumerate(clients.map(client.fetch, requests, paths), 1):
+                tell(f"{model} · {done} of {len(requests)}")
+        scores += score(suite, model, [Image.open(path) for path in paths])
+    (out / "scores.json").write_text(json.dumps([asdict(one) for one in scores], indent=1))
+    (out / "index.html").write_text(sheet(suite, models, scores))
+    return scores
+
+
+def picture_path(out: Path, model: str, index: int) -> Path:
+    return out / f"{model}-{index:03}.png"
+
+
+def score(suite: Suite, model: str, pictures: list[Image.Image]) -> list[Score]:
+    """By category, then of all of them."""
+    from models.scoring import NEAR, Scorer, distance_from
+
+    scorer = Scorer()
+    captions = sorted({one.prompt for one in suite.prompts})
+    agreement = scorer.pictures(pictures) @ scorer.captions(captions).T
+    own = [captions.index(one.prompt) for one in suite.prompts]
+    cosines = [float(agreement[i, k]) for i, k in enumerate(own)]
+    found = [int(agreement[i].argmax()) == k for i, k in enumerate(own)]
+    near = [
+        None if one.background is None else distance_from(picture, suite.colours[one.background]) < NEAR
+        for one, picture in zip(suite.prompts, pictures, strict=True)
+    ]
+
+    def mean_of(category: str, rows: list[int]) -> Score:
+        named = [near[i] for i in rows if near[i] is not None]
+        return Score(
+            model,
+            category,
+            len(rows),
+            round(statistics.mean(cosines[i] for i in rows), 4),
+            round(statistics.mean(found[i] for i in rows), 4),
+            round(statistics.mean(bool(one) for one in named), 4) if named else None,
+        )
+
+    categories = list(dict.fromkeys(one.category for one in suite.prompts))
+    rows = {name: [i for i, one in enumerate(suite.prompts) if one.category == name] for name in categories}
+    return [mean_of(name, of) for name, of in rows.items()] + [mean_of("all", list(range(len(pictures))))]
+
+
+STYLE = """
+body { font: 15px/1.4 system-ui, sans-serif; margin: 2rem auto; max-width: 75rem; padding: 0 1rem }
+:root { color-scheme: light dark }
+table { border-collapse: collapse } th, td { padding: .25rem .75rem; text-align: left; vertical-align: top }
+td.number { text-align: right; font-variant-numeric: tabular-nums } tr { border-bottom: 1px solid #8884 }
+img { display: block; width: 128px }
+"""
+
+
+def sheet(suite: Suite, models: list[str], scores: list[Score]) -> str:
+    """Side by side: a page that needs nothing but the pictures beside it."""
+
+    def row(cells: list[str], tag: str = "td") -> str:
+        return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>"
+
+    def percent(value: float | None) -> str:
+        return "" if value is None else f"{value:.0%}"
+
+    table = [row(["model", "category", "pictures", "CLIP agreement", "prompt found first", "background"], "th")]
+    table += [
+        row(
+            [
+                one.model,
+                one.category,
+                str(one.pictures),
+                f"{one.agreement:.3f}",
+                percent(one.found),
+                percent(one.background),
+            ]
+        )
+        for one in scores
+    ]
+    pictures = [row(["", *map(html.escape, models)], "th")]
+    for i, one in enumerate(suite.prompts):
+        shown = [f'<img src="{picture_path(Path(), model, i)}" alt="{html.escape(one.prompt)}">' for model in models]
+        pictures.append(row([f"{html.escape(one.prompt)}<br><small>{html.escape(one.category)}</small>", *shown]))
+    title = html.escape(suite.title)
+    return (
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>"
+        f"<h1>{title}</h1><table>{''.join(table)}</table><h2>Side by side</h2><table>{''.join(pictures)}</table>"
+    )

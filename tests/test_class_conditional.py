@@ -1,0 +1,104 @@
+"""Classifier and CLIP guidance on shipped weights: the gradient of a net that knows noise pulls pictures its way."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from app.schemas import Parameters
+from models.catalog import Catalog
+from models.class_conditional import ClassConditional
+from models.loading import load_parts, load_pipeline
+from tests.test_journal import resumed_with_the_same_bytes
+from tests.test_stable_diffusion import NOTHING, alone, run_out, threads
+from tests.test_stable_diffusion import asked as asked_of_sd
+from tests.test_unclip import drawn
+from workers.engine import Engine, Pass
+
+CARD = Catalog.read(["emoji-classes"])["emoji-classes"]
+SOME = CARD.classes[::4]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    with threads(1):
+        yield
+
+
+@pytest.fixture(scope="module")
+def shipped() -> ClassConditional:
+    return ClassConditional(CARD, load_pipeline(CARD, "cpu"), load_parts(CARD, "cpu"))
+
+
+def asked(**given: Any) -> Parameters:
+    return asked_of_sd(**{"model": CARD.name, "prompt": "dog", "guidance_scale": 1.0, "num_inference_steps": 8} | given)
+
+
+def certainty(model: ClassConditional, guidance: dict[str, float]) -> float:
+    """Mean log p(class | picture), by the ordinary CLIP over all classes, which has not seen what guided."""
+    requests = [(asked(prompt=name, seed=i, guidance=guidance), NOTHING) for i, name in enumerate(SOME)]
+    pixels = torch.stack(drawn(model, requests)) * 2 - 1
+    clip: Any = model.parts["clip"]
+    with torch.no_grad():
+        features = clip.get_image_features(pixel_values=pixels).pooler_output
+        features = torch.nn.functional.normalize(features, dim=-1)
+        logits = clip.logit_scale.exp() * features @ model.captions.T
+    labels = torch.tensor([CARD.classes.index(name) for name in SOME])
+    return float(torch.log_softmax(logits, -1).gather(1, labels[:, None]).mean())
+
+
+@pytest.mark.parametrize("kind", ["classifier", "clip"])
+def test_the_harder_it_pulls_the_surer_another_classifier_is(shipped: ClassConditional, kind: str):
+    without, pulled = certainty(shipped, {}), certainty(shipped, {kind: 3.0})
+    assert pulled > without + 0.1, (without, pulled)
+
+
+def test_gradients_of_many_requests_share_their_passes(shipped: ClassConditional):
+    passes = list[Pass]()
+    engine = Engine(passes.append)
+    tickets = [
+        engine.submit(shipped.draw(r, r.seed, NOTHING))
+        for r in (
+            asked(prompt=name, seed=i, num_inference_steps=3, width=64, height=64, guidance={"classifier": 2.0})
+            for i, name in enumerate(SOME[:4])
+        )
+    ]
+    run_out(engine, *tickets)
+    assert [done.calls for done in passes if done.net is shipped.classifying] == [4, 4, 4]
+
+
+def test_a_pulled_request_and_another_do_not_touch_each_other(shipped: ClassConditional):
+    pulled = asked(seed=1, guidance={"classifier": 3.0}, width=64, height=64)
+    plain = asked(seed=1, width=64, height=64)
+    together = drawn(shipped, [(pulled, NOTHING), (plain, NOTHING)])
+    for r, one in zip((pulled, plain), together, strict=True):
+        torch.testing.assert_close(one, alone(shipped, r), atol=1e-5, rtol=0)
+    assert not torch.allclose(*together, atol=1e-2)
+
+
+def test_the_exact_lane_keeps_every_bit_of_a_pulled_picture(shipped: ClassConditional):
+    r = asked(seed=9, num_inference_steps=3, guidance={"classifier": 2.0}, reproducible=True)
+    by_itself = alone(shipped, r, exact=True)
+    engine = Engine()
+    for seed in range(3):
+        engine.submit(
+            shipped.draw(asked(seed=seed, num_inference_steps=4, guidance={"classifier": 1.0}), seed, NOTHING)
+        )
+        engine.step()
+    ticket = engine.submit(shipped.draw(r, r.seed, NOTHING), seat=r.seed)
+    run_out(engine, ticket)
+    assert torch.equal(ticket.result, by_itself)
+
+
+def test_a_pulled_picture_goes_on_with_the_same_bytes(shipped: ClassConditional):
+    r = asked(num_inference_steps=4, guidance={"classifier": 2.0}, width=64, height=64, reproducible=True)
+    resumed_with_the_same_bytes(shipped, r)
+
+
+def test_outside_of_its_interval_guidance_costs_nothing(shipped: ClassConditional):
+    rows = list[int]()
+    engine = Engine(lambda done: rows.append(sum([done.rows])) if done.net is shipped.denoiser else None)
+    r = asked(num_inference_steps=4, guidance_scale=3.0, guidance={"interval": [0.25, 0.75]}, width=64, height=64)
+    run_out(engine, engine.submit(shipped.draw(r, 0, NOTHING)))
+    assert rows == [1, 2, 2, 1]
