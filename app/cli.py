@@ -145,7 +145,7 @@ def generate(
         "output_format": output_format(output),
     }
     request = {name: value for name, value in request.items() if value is not None}
-    with some_service(url, fresh) as client:
+    with some_service(url, fresh, [model] if model else ()) as client:
         client.draw(request, output, console)
 
 

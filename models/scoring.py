@@ -5,11 +5,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPModel
 
 from models.catalog import WEIGHTS
+
+transformers.utils.logging.disable_progress_bar()
 
 BORDER = 4  # pixels
 NEAR = 40.0  # of 441, the distance from black to white
