@@ -146,6 +146,8 @@ class GenerationRequest(BaseModel, frozen=True):
                     yield prompt, f"interpolate needs either `{prompt}` or `{image}`"
         if kind == "variation" and self.end_prompt is not None and self.prompt is None:
             yield "prompt", "a variation moves as `end_prompt` differs from `prompt`"
+        if self.guidance.clip and self.guidance.classifier:
+            yield "guidance.clip", "steers instead of `guidance.classifier`: give one of the two"
 
 
 class Parameters(GenerationRequest, frozen=True):

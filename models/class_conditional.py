@@ -29,8 +29,9 @@ class ClassConditional(StableDiffusion):
 
     def classify(self, *, sample: Tensor, timestep: Tensor, label: Tensor) -> Tensor:
         """[rows, C, h, w]: where the classifier becomes surer of each sample's class, see `guidance.classifier`."""
-        noised_clip = self.parts["noised_clip"]
-        return guidance.gradient(lambda x: guidance.classifier(noised_clip(x, timestep), self.captions, label), sample)
+        return guidance.gradient(
+            lambda x: guidance.classifier(self.foreseen(x, timestep), self.captions, label), sample
+        )
 
     def conditioning(self, r: Parameters, guided: bool, inputs: Inputs, seed: int) -> Generator[Call, Any, Tensor]:
         yield from ()  # the classes' own contexts are at hand

@@ -108,8 +108,11 @@ class StableDiffusion:
 
     def steer(self, *, sample: Tensor, timestep: Tensor, caption: Tensor) -> Tensor:
         """[rows, C, h, w]: where each sample agrees better with its caption, see `guidance.clip`."""
-        noised_clip = self.parts["noised_clip"]
-        return guidance.gradient(lambda x: guidance.clip(noised_clip(x, timestep), caption), sample)
+        return guidance.gradient(lambda x: guidance.clip(self.foreseen(x, timestep), caption), sample)
+
+    def foreseen(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        """[rows, width] float32: what the noise-aware CLIP says of half-denoised samples."""
+        return self.parts["noised_clip"](sample.to(self.dtype), timestep).float()
 
     # -- the program
 

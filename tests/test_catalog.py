@@ -142,7 +142,8 @@ def test_what_does_not_go_together_is_named(card: ModelCard, asked: dict[str, ob
 
 
 def test_guidance_that_a_model_has_not_is_named(card: ModelCard):
-    assert fields(card, guidance={"classifier": 1.0, "clip": 2.0}) == ["guidance.classifier"]
+    assert fields(card, guidance={"classifier": 1.0}) == ["guidance.classifier"]
+    assert fields(card, guidance={"classifier": 1.0, "clip": 2.0}) == ["guidance.clip", "guidance.classifier"]
     assert fields(card, guidance={"classifier": 0.0}) == []  # none is asked for
 
 

@@ -102,3 +102,13 @@ def test_outside_of_its_interval_guidance_costs_nothing(shipped: ClassConditiona
     r = asked(num_inference_steps=4, guidance_scale=3.0, guidance={"interval": [0.25, 0.75]}, width=64, height=64)
     run_out(engine, engine.submit(shipped.draw(r, 0, NOTHING)))
     assert rows == [1, 2, 2, 1]
+
+
+def test_half_precision_weights_steer_full_precision_samples(shipped: ClassConditional):
+    """As on a GPU, where a card's weights are float16 and what a sampler steps is not."""
+    pipeline, parts = load_pipeline(CARD, "cpu").to(torch.bfloat16), load_parts(CARD, "cpu")
+    half = ClassConditional(CARD, pipeline, {name: part.to(torch.bfloat16) for name, part in parts.items()})
+    x, t = torch.randn(2, 8, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([300.0, 600.0])
+    told = {"sample": x, "timestep": t, "label": torch.tensor([3, 4])}
+    alike = torch.nn.functional.cosine_similarity(half.classify(**told).flatten(1), shipped.classify(**told).flatten(1))
+    assert bool((alike > 0.9).all()), alike

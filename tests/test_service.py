@@ -190,7 +190,7 @@ def test_what_a_model_cannot_do_is_refused_before_the_queue(service: LocalServic
         refused = http.post("/v1/generations", json=asked)
         assert refused.status_code == 422
         wrong = {error["field"]: error["detail"] for error in refused.json()["errors"]}
-        assert wrong.keys() == {"image", "task", "guidance.classifier"}
+        assert wrong.keys() == {"image", "task", "guidance.clip", "guidance.classifier"}
         assert wrong["task"] == "emoji-sd does not do variation"
         shown = http.get("/v1/models/emoji-classes").json()
         assert "classifier" in shown["guidance"]
