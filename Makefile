@@ -51,6 +51,6 @@ soak: setup
 
 lock:
 	@.venv/bin/uv pip compile -q --python-version 3.11 $(TORCH_FROM) --generate-hashes --no-emit-package torch --no-emit-package triton \
-		--no-header -c torch.txt --extra worker --extra embedded --group test -o requirements.lock pyproject.toml
+		--no-header -c torch.txt --extra worker --extra language --extra embedded --group test -o requirements.lock pyproject.toml
 
 .PHONY: setup demo up test check bench chaos soak lock

@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from pydantic_core import PydanticCustomError
 
 Status = Literal["queued", "running", "succeeded", "failed", "canceled", "expired"]
-Task = Literal["text-to-image", "image-to-image", "inpaint", "variation", "interpolate"]
-Guide = Literal["classifier_free", "rescale", "interval", "clip", "classifier"]
+Task = Literal["text-to-image", "image-to-image", "inpaint", "variation", "interpolate", "upscale"]
+Guide = Literal["classifier_free", "rescale", "dynamic_threshold", "interval", "clip", "classifier"]
 OutputFormat = Literal["png", "jpeg", "webp", "avif"]
 Priority = Literal["high", "normal", "low"]
 
@@ -19,6 +19,7 @@ TAKES: dict[Task, tuple[tuple[str, ...], tuple[str, ...]]] = {  # what each need
     "inpaint": (("prompt", "image", "mask"), ("strength",)),
     "variation": (("image",), ("prompt", "end_prompt", "mix")),
     "interpolate": ((), ("prompt", "image", "end_prompt", "end_image", "mix")),
+    "upscale": (("image",), ("prompt",)),
 }
 PICTURES = ("image", "mask", "end_image")
 
@@ -44,6 +45,13 @@ class Guidance(BaseModel, frozen=True):
     rescale: float | None = Field(
         default=None, ge=0, le=1, description="How much of the contrast that guidance adds is taken back."
     )
+    dynamic_threshold: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Dynamic thresholding: the part of a picture's values, such as 0.995, that is to lie between black "
+        "and white; at high guidance_scale more than that would not.",
+    )
     interval: list[float] | None = Field(
         default=None,
         min_length=2,
@@ -61,7 +69,9 @@ class Guidance(BaseModel, frozen=True):
     @property
     def asked(self) -> list[Guide]:
         """What is to be used, by name."""
-        return [name for name in ("rescale", "interval", "clip", "classifier") if getattr(self, name)]
+        return [
+            name for name in ("rescale", "dynamic_threshold", "interval", "clip", "classifier") if getattr(self, name)
+        ]
 
 
 class GenerationRequest(BaseModel, frozen=True):

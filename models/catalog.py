@@ -1,5 +1,6 @@
 """Model cards: data that says what a model is and can do. Readable without torch."""
 
+import importlib.util
 import tomllib
 from collections.abc import Iterable, Iterator
 from functools import cached_property
@@ -12,6 +13,21 @@ from app.schemas import GenerationRequest, Guide, Model, ModelDefaults, ModelLim
 
 CARDS = Path(__file__).parent / "cards"
 WEIGHTS = Path(__file__).parent / "weights"
+
+
+def place_of(path: str) -> Path:
+    """A folder of weights: below `models/weights`, absolute, or in an installed package (`package:name/folder`).
+
+    Raises:
+        FileNotFoundError: there is no such package; the message names it.
+    """
+    if not path.startswith("package:"):
+        return WEIGHTS / path
+    name, _, folder = path.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError(f"the Python package {name} is not installed")
+    return Path(spec.origin).parent / folder
 
 
 class Strict(BaseModel):
@@ -57,11 +73,17 @@ class Dtype(Strict):
     cuda: Literal["float32", "float16", "bfloat16"] = "float16"
 
 
+class Parts(Strict):
+    """No pipeline: the model is what the card's `parts` make of it."""
+
+    kind: Literal["parts"]
+
+
 class Stage(Strict):
-    """How an earlier stage of a model samples."""
+    """How a stage samples that a request says nothing of."""
 
     num_inference_steps: int
-    guidance_scale: float
+    guidance_scale: float = 1.0
 
 
 class ModelCard(Strict):
@@ -71,15 +93,15 @@ class ModelCard(Strict):
     title: str
     description: str
     family: str
-    source: Annotated[Folder | SingleFile | Hub, Field(discriminator="kind")]
+    source: Annotated[Folder | SingleFile | Hub | Parts, Field(discriminator="kind")]
     dtype: Dtype = Dtype()
     licence: str
     licence_url: str
     tasks: list[Task]
     guidance: list[Guide] = ["classifier_free"]
     classes: list[str] = []  # of a class-conditional model, which draws nothing else
-    parts: dict[str, Path] = {}  # what it is put together from beside the source: folders of single models, by name
-    prior: Stage | None = None  # of a model that first draws an embedding
+    parts: dict[str, str] = {}  # what it is put together from beside the source, by name: see `place_of`
+    stages: dict[str, Stage] = {}  # beside the one that a request decides: unCLIP's prior, a cascade's upsampler
     size: Size
     limits: ModelLimits
     defaults: ModelDefaults

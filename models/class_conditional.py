@@ -8,24 +8,24 @@ from collections.abc import Generator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from app.schemas import Parameters
 from models import guidance
 from models.catalog import ModelCard
-from models.program import BUCKETS, Call, Inputs, Net
+from models.program import Call, Net
+from models.sampling import Steering
 from models.stable_diffusion import StableDiffusion
 
 
 class ClassConditional(StableDiffusion):
-    def __init__(self, card: ModelCard, pipeline: Any, parts: Mapping[str, nn.Module]):
+    def __init__(self, card: ModelCard, pipeline: Any, parts: Mapping[str, Any]):
         super().__init__(card, pipeline, parts)
         with torch.no_grad():
             ids = self.tokens(["", *card.classes])
             self.contexts = self.encode_text(input_ids=ids)  # of no class at all, then of each
             self.captions = self.encode_caption(input_ids=ids[1:])
-        buckets = tuple(bucket for bucket in BUCKETS if bucket <= card.max_rows)
-        self.classifying = Net("classify", self.classify, buckets=buckets, width=16, journaled=True)
+        self.classifying = Net("classify", self.classify, buckets=self.buckets, width=16, journaled=True)
 
     def classify(self, *, sample: Tensor, timestep: Tensor, label: Tensor) -> Tensor:
         """[rows, C, h, w]: where the classifier becomes surer of each sample's class, see `guidance.classifier`."""
@@ -33,15 +33,13 @@ class ClassConditional(StableDiffusion):
             lambda x: guidance.classifier(self.foreseen(x, timestep), self.captions, label), sample
         )
 
-    def conditioning(self, r: Parameters, guided: bool, inputs: Inputs, seed: int) -> Generator[Call, Any, Tensor]:
+    def conditioning(self, r: Parameters) -> Generator[Call, Any, Tensor]:
         yield from ()  # the classes' own contexts are at hand
         place = 1 + self.card.classes.index(r.prompt)
-        return self.contexts[[0, place] if guided else [place]]
+        return self.contexts[[0, place] if r.guidance_scale > 1 else [place]]
 
-    def steered_by(self, r: Parameters) -> Generator[Call, Any, tuple[Net, dict[str, Tensor]] | None]:
+    def steered_by(self, r: Parameters) -> Generator[Call, Any, Steering | None]:
         if not r.guidance.classifier:
             return (yield from super().steered_by(r))
-        return self.classifying, {"label": torch.tensor([self.card.classes.index(r.prompt)], device=self.device)}
-
-    def strength_of_steering(self, r: Parameters) -> float:
-        return r.guidance.classifier or super().strength_of_steering(r)
+        label = torch.tensor([self.card.classes.index(r.prompt)], device=self.device)
+        return Steering(self.classifying, {"label": label}, r.guidance.classifier)

@@ -1,11 +1,11 @@
 """Which code draws which family of models."""
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import nn
 
 from app.schemas import Parameters
+from models.cascade import Cascade
 from models.catalog import ModelCard
 from models.class_conditional import ClassConditional
 from models.preview import LatentColours
@@ -19,8 +19,7 @@ class Resident(Protocol):
     """A loaded model: weights, nets, and how to draw with them. Read-only to requests."""
 
     card: ModelCard
-    pipeline: Any
-    parts: Mapping[str, nn.Module]  # beside the pipeline's own
+    modules: list[nn.Module]
     denoiser: Net
     decoder: Net
     colours: LatentColours  # for previews
@@ -33,5 +32,7 @@ FAMILIES = {
     "stable-diffusion": StableDiffusion,
     "class-conditional": ClassConditional,
     "unclip": UnCLIP,
+    "glide": Cascade,
+    "imagen": Cascade,
     "diffusers": StockPipelines,
 }

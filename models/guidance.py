@@ -39,6 +39,22 @@ def in_interval(interval: Sequence[float] | None, i: int, calls: int) -> bool:
     return interval is None or interval[0] <= i / calls < interval[1]
 
 
+def thresholded(x0: Tensor, percentile: Tensor | None = None) -> Tensor:
+    """Estimates of pictures, brought back into [-1, 1]: Saharia et al. 2022 (Imagen), section 2.3.
+
+    Args:
+        x0: [rows, …]; percentile: [rows] of each row's magnitudes that become black or white ("dynamic thresholding":
+            all is divided by it, where it is more than one). None: what lies outside is cut off ("static").
+    """
+    if percentile is None:
+        return x0.clamp(-1, 1)
+    magnitudes = x0.abs().flatten(1).sort(-1).values
+    at = percentile[:, None] * (magnitudes.shape[1] - 1)
+    low = at.long().clamp(max=magnitudes.shape[1] - 2)
+    limit = over(torch.lerp(magnitudes.gather(1, low), magnitudes.gather(1, low + 1), at - low).clamp(min=1), x0)
+    return x0.clamp(-limit, limit) / limit
+
+
 def clip(seen: Tensor, caption: Tensor) -> Tensor:
     """[rows] how well what CLIP sees agrees with its caption, both [rows, width]: Nichol et al. 2021, section 2.4."""
     return (seen * caption).sum(-1)

@@ -5,22 +5,24 @@ Only safetensors are read: a pickle runs whatever code its author put into it.
 
 import inspect
 import json
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from pathlib import Path, PurePath
 from typing import Any
 
 import diffusers
 import torch
 import transformers
-from diffusers import DiffusionPipeline, PriorTransformer
+from diffusers import DiffusionPipeline, PriorTransformer, UNet2DConditionModel, UNet2DModel
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from httpx2 import HTTPError
 from huggingface_hub import get_cached_repo_tree, snapshot_download
 from huggingface_hub.errors import CachedRepoTreeNotFoundError
 from safetensors import SafetensorError
 from torch import nn
+from transformers import AutoTokenizer
 
-from models.catalog import WEIGHTS, Folder, Hub, ModelCard, SingleFile
+from models.catalog import WEIGHTS, Folder, Hub, ModelCard, Parts, SingleFile, place_of
+from models.guided import modules_of
 from models.noised_clip import NoisedCLIP
 from models.unclip import ImageProjection
 
@@ -47,8 +49,8 @@ class ModelUnavailable(ValueError):
     """The source is missing, out of reach, or not a diffusers pipeline."""
 
 
-def load_pipeline(card: ModelCard, device: str) -> DiffusionPipeline:
-    """The card's pipeline on `device`, in the card's dtype for such a device, for inference only.
+def load_pipeline(card: ModelCard, device: str) -> DiffusionPipeline | None:
+    """The card's pipeline on `device`, in the card's dtype for such a device, for inference only; None without one.
 
     Raises:
         UnsafeWeights: the message names the pickle; nothing was loaded.
@@ -63,56 +65,66 @@ def load_pipeline(card: ModelCard, device: str) -> DiffusionPipeline:
                 pipeline = from_single_file(file, WEIGHTS / config, dtype)
             case Hub() as hub:
                 pipeline = from_folder(download(hub), dtype, hub.variant)
+            case Parts():
+                return None
     except UnsafeWeights:
         raise
     except UNREADABLE as error:
         raise ModelUnavailable(f"{card.name}: cannot load {card.source!r}: {error}") from error
-    for module in modules(pipeline):
+    for module in modules_of(pipeline.components.values()):
         module.eval().requires_grad_(False)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
 
 PARTS: dict[str, Any] = {
+    "BertModel": transformers.BertModel,
     "CLIPModel": transformers.CLIPModel,
+    "CLIPTextModel": transformers.CLIPTextModel,
     "ImageProjection": ImageProjection,
     "NoisedCLIP": NoisedCLIP,
     "PriorTransformer": PriorTransformer,
+    "UNet2DConditionModel": UNet2DConditionModel,
+    "UNet2DModel": UNet2DModel,
 }
 
 
-def load_parts(card: ModelCard, device: str) -> dict[str, nn.Module]:
-    """What the card's model has beside its pipeline, by name: single models, of a class that their configuration names.
+def load_parts(card: ModelCard, device: str) -> dict[str, Any]:
+    """What the card's model has beside its pipeline, by name: models, of a class that their configuration names, and
+    the `tokenizer` and the `scheduler`, if they are called so.
 
     Raises:
         UnsafeWeights, ModelUnavailable: as of `load_pipeline`.
     """
     dtype = getattr(torch, card.dtype.cpu if torch.device(device).type == "cpu" else card.dtype.cuda)
-    parts: dict[str, nn.Module] = {}
+    parts: dict[str, Any] = {}
     for name, path in card.parts.items():
-        folder = WEIGHTS / path
         try:
-            refuse_pickles(folder, [file.relative_to(folder) for file in folder.glob("*")], {})
-            config = json.loads((folder / "config.json").read_text())
-            part = PARTS[config.get("_class_name", "CLIPModel")]
-            parts[name] = (
-                part.from_pretrained(folder, dtype=dtype, use_safetensors=True).eval().requires_grad_(False).to(device)
-            )
+            parts[name] = load_part(name, place_of(path), dtype, device)
         except UnsafeWeights:
             raise
         except UNREADABLE as error:
-            raise ModelUnavailable(f"{card.name}: cannot load its {name} from {folder}: {error}") from error
+            raise ModelUnavailable(f"{card.name}: cannot load its {name} from {path}: {error}") from error
     return parts
+
+
+def load_part(name: str, folder: Path, dtype: torch.dtype, device: str) -> Any:
+    refuse_pickles(folder, [file.relative_to(folder) for file in folder.glob("*")], {})
+    if name == "tokenizer":
+        return AutoTokenizer.from_pretrained(folder)
+    if name == "scheduler":
+        index = json.loads((folder / "scheduler_config.json").read_text())
+        return getattr(diffusers, index["_class_name"]).from_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    kind = PARTS[config.get("_class_name") or config.get("architectures", ["CLIPModel"])[0]]
+    part = kind.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    return part.eval().requires_grad_(False).to(device)
 
 
 def resident_bytes(modules: Iterable[nn.Module]) -> int:
     """What the parameters and buffers of these occupy; a tensor that modules share counts once."""
     tensors = (tensor for module in modules for tensor in (*module.parameters(), *module.buffers()))
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
-
-
-def modules(pipeline: DiffusionPipeline) -> Iterator[nn.Module]:
-    return (component for component in pipeline.components.values() if isinstance(component, nn.Module))
 
 
 def from_folder(folder: Path, dtype: torch.dtype, variant: str | None = None) -> Any:

@@ -48,6 +48,7 @@ class Sampler(Protocol):
     timesteps: Tensor  # [N]
     scales: Tensor  # [N], of the sample on its way into the net
     coefficients: Tensor  # [N, 7], of the update inside the net call
+    estimates: Tensor  # [N, 2]: x0 is the first times the sample plus the second times the model's output
     pushes: Tensor  # [N], what a gradient of log p is worth in the model's output, see `push_coefficient`
     init_noise_sigma: float
 
@@ -110,7 +111,7 @@ class Table:
         self.coefficients = torch.zeros(count, 3 + len(MEMORY))
         self._signals, self._noises, self._draws = [1.0] * count, [1.0] * count, [False] * count
         self._read_off(stock)
-        self._estimates = estimates(stock, self.timesteps, self.scales)
+        self.estimates = estimates(stock, self.timesteps, self.scales)
         self.pushes = torch.tensor([push_coefficient(stock, t) for t in self.timesteps])
 
     def _read_off(self, stock: Any) -> None:
@@ -152,7 +153,7 @@ class Table:
         return self._signals[i] * x0 + self._noises[i] * noise
 
     def estimate(self, i: int, x: Tensor, e: Tensor) -> Tensor:
-        of_x, of_e = self._estimates[i]
+        of_x, of_e = self.estimates[i]
         return of_x * x + of_e * e
 
 
@@ -166,7 +167,7 @@ class Stepping:
         count = len(self.timesteps)
         self.scales = torch.ones(count)  # neither of them scales
         self.coefficients = torch.zeros(count, 3 + len(MEMORY))
-        self._estimates = estimates(stock, self.timesteps, self.scales)
+        self.estimates = estimates(stock, self.timesteps, self.scales)
         self.pushes = torch.tensor([push_coefficient(stock, t) for t in self.timesteps])
 
     def noise(self, i: int, like: Tensor, rng: torch.Generator) -> Tensor:
@@ -180,7 +181,7 @@ class Stepping:
         return noised(self.stock, x0, noise, self.timesteps[i])
 
     def estimate(self, i: int, x: Tensor, e: Tensor) -> Tensor:
-        of_x, of_e = self._estimates[i]
+        of_x, of_e = self.estimates[i]
         return of_x * x + of_e * e
 
 
@@ -196,10 +197,10 @@ def noised(stock: Any, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     return stock.scale_noise(x0, t.reshape(1), noise)  # flow matching
 
 
-def estimates(stock: Any, timesteps: Tensor, scales: Tensor) -> list[tuple[float, float]]:
+def estimates(stock: Any, timesteps: Tensor, scales: Tensor) -> Tensor:
     """For each timestep, how x0 follows from the sample and the model's output."""
     pairs = ((estimate_coefficients(stock, t), float(scale)) for t, scale in zip(timesteps, scales, strict=True))
-    return [(of_x * scale, of_e) for (of_x, of_e), scale in pairs]
+    return torch.tensor([(of_x * scale, of_e) for (of_x, of_e), scale in pairs])
 
 
 def signal_and_noise(stock: Any, t: Tensor) -> tuple[float, float]:

@@ -11,39 +11,35 @@ from typing import Any
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from app.schemas import Parameters
 from models import guidance, samplers
 from models.catalog import ModelCard
+from models.guided import Guided, hole_of, modules_of, skipped_steps
 from models.preview import LatentColours
-from models.program import BUCKETS, Call, Inputs, Net, Program, generator
+from models.program import Call, Inputs, Net, Program, generator
+from models.sampling import Span, denoised, moved
 
-UNCONDITIONAL_THEN_CONDITIONAL = (torch.tensor([0, -1]), torch.tensor([1, 0]))  # where each row finds its pair
-ALONE = (torch.tensor([0]), torch.tensor([0]))
-NO_PARTS: Mapping[str, nn.Module] = {}
+NO_PARTS: Mapping[str, Any] = {}
 
 
-class StableDiffusion:
+class StableDiffusion(Guided):
     """One resident model: weights, and the nets that its programs call. Read-only to requests."""
 
-    def __init__(self, card: ModelCard, pipeline: Any, parts: Mapping[str, nn.Module] = NO_PARTS):
-        self.card, self.pipeline, self.parts = card, pipeline, parts
-        self.device, self.dtype = pipeline.unet.device, pipeline.unet.dtype
+    def __init__(self, card: ModelCard, pipeline: Any, parts: Mapping[str, Any] = NO_PARTS):
+        super().__init__(card, pipeline.tokenizer, pipeline.unet, parts)
+        self.pipeline = pipeline
+        self.modules = modules_of([*pipeline.components.values(), *parts.values()])
         self.scheduler_config = samplers.frozen_config(pipeline.scheduler)
         self.scaling = pipeline.vae.config.scaling_factor
         self.channels = pipeline.vae.config.latent_channels
         self.inpaints_by_blending = pipeline.unet.config.in_channels == self.channels
-        buckets = tuple(bucket for bucket in BUCKETS if bucket <= card.max_rows)
         self.denoiser = Net(
-            "denoise", self.denoise, buckets=buckets, reproducible_rows=card.reproducible_rows, journaled=True
+            "denoise", self.denoise, buckets=self.buckets, reproducible_rows=card.reproducible_rows, journaled=True
         )
-        self.text_encoder = Net("encode_text", self.encode_text, width=32)
         self.image_encoder = Net("encode_image", self.encode_image, width=1)
         self.decoder = Net("decode", self.decode, buckets=(1, 2, 4, 8), width=8)
-        if "noised_clip" in parts:
-            self.caption_encoder = Net("encode_caption", self.encode_caption, width=32)
-            self.steering = Net("steer", self.steer, buckets=buckets, width=16, journaled=True)
         self.colours = LatentColours.fit(lambda pixels: self.encode_image(pixels=pixels)[0] * self.scaling, self.device)
 
     # -- the nets: rows in, rows out
@@ -83,8 +79,7 @@ class StableDiffusion:
         guided = guidance.classifier_free(e, guidance_scale, unconditional, conditional)
         e = guided if rescale is None else guidance.rescale(guided, e, conditional, rescale)
         e = e if push is None else e + push
-        terms = torch.cat([torch.stack([sample, e, noise], 1), memory], 1)
-        return torch.einsum("rk,rkchw->rchw", coefficients, terms), e
+        return moved(sample, e, noise, memory, coefficients), e
 
     def encode_text(self, *, input_ids: Tensor) -> Tensor:
         """[rows, tokens] to [rows, tokens, width]"""
@@ -100,27 +95,12 @@ class StableDiffusion:
         pixels = self.pipeline.vae.decode((latents / self.scaling).to(self.dtype), return_dict=False)[0]
         return (pixels.float() / 2 + 0.5).clamp(0, 1)
 
-    def encode_caption(self, *, input_ids: Tensor) -> Tensor:
-        """[rows, tokens] to embeddings of length one, [rows, width], as CLIP has them."""
-        clip: Any = self.parts["clip"]
-        features = clip.get_text_features(input_ids=input_ids.to(self.device)).pooler_output
-        return torch.nn.functional.normalize(features.float(), dim=-1)
-
-    def steer(self, *, sample: Tensor, timestep: Tensor, caption: Tensor) -> Tensor:
-        """[rows, C, h, w]: where each sample agrees better with its caption, see `guidance.clip`."""
-        return guidance.gradient(lambda x: guidance.clip(self.foreseen(x, timestep), caption), sample)
-
-    def foreseen(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        """[rows, width] float32: what the noise-aware CLIP says of half-denoised samples."""
-        return self.parts["noised_clip"](sample.to(self.dtype), timestep).float()
-
     # -- the program
 
     def draw(self, r: Parameters, seed: int, inputs: Inputs) -> Program:
         """One picture."""
         rng = generator(seed)
-        guided = r.guidance_scale > 1
-        context = yield from self.conditioning(r, guided, inputs, seed)
+        context = yield from self.conditioned(r, inputs, seed)
         steering = yield from self.steered_by(r)
 
         left_out = skipped_steps(r)
@@ -149,82 +129,25 @@ class StableDiffusion:
                 kept = yield from self.latents(self.pixels(image) * (hole < 0.5), rng)
                 extra = torch.cat([mask, kept], 1)
 
-        timesteps, scales = sampler.timesteps.float().to(self.device), sampler.scales.to(self.device)
-        coefficients, pushes = sampler.coefficients.to(self.device), sampler.pushes.to(self.device)
-        with_guidance, without = self.conditions(r, context, extra)
-        e1 = x1 = e2 = x2 = torch.zeros_like(x)
-        estimate = None
-        for i in range(calls):
-            done = samplers.steps_done(i, calls, steps)
-            at = before + done[0], before + steps
-            conditions = with_guidance if guidance.in_interval(r.guidance.interval, i, calls) else without
-            rows = len(conditions["context"])
-            fresh = sampler.noise(i, x, rng)
-            args = conditions | {
-                "sample": x.expand(rows, -1, -1, -1),
-                "noise": fresh.expand(rows, -1, -1, -1),
-                "memory": torch.stack([e1, x1, e2, x2], 1).expand(rows, -1, -1, -1, -1),
-                "timestep": timesteps[i],
-                "scale": scales[i],
-                "coefficients": coefficients[i].expand(rows, -1),
-            }
-            if steering is not None:
-                seen = {"sample": x * scales[i], "timestep": timesteps[i]}
-                net, told = steering
-                uphill = yield Call(net, seen | told, 1, at, estimate)
-                args["push"] = (self.strength_of_steering(r) * pushes[i] * uphill).expand(rows, -1, -1, -1)
-            updated, e = yield Call(self.denoiser, args, rows, at, estimate)
-            updated, e = updated[:1], e[:1]
-            estimate = sampler.estimate(i, x, e)
-            e2, x2, e1, x1 = e1, x1, e, x
-            x = sampler.settle(i, x, e, updated, rng)
-            if repaint is not None and x0 is not None:
-                around = sampler.add_noise(i + 1, x0, noise) if i + 1 < calls else x0
-                x = (1 - repaint) * around + repaint * x
+        def settled(i: int, x: Tensor) -> Tensor:
+            if repaint is None or x0 is None:
+                return x
+            around = sampler.add_noise(i + 1, x0, noise) if i + 1 < calls else x0
+            return (1 - repaint) * around + repaint * x
 
+        told = self.told(r, calls, context, **({} if extra is None else {"extra": extra}))
+        span = Span(before, steps, before + steps)
+        x = yield from denoised(self.denoiser, sampler, x, rng, told, span, steering, settled)
         picture = yield Call(self.decoder, {"latents": x}, 1, (before + steps, before + steps))
         return picture[0].cpu()
 
-    def conditioning(self, r: Parameters, guided: bool, inputs: Inputs, seed: int) -> Generator[Call, Any, Tensor]:
-        """What the denoiser is told: [rows, tokens, width], the unconditional row first if there is one."""
-        texts = [r.negative_prompt, r.prompt] if guided else [r.prompt]
-        return (yield Call(self.text_encoder, {"input_ids": self.tokens(texts)}, len(texts)))
+    def conditioned(self, r: Parameters, inputs: Inputs, seed: int) -> Generator[Call, Any, Tensor]:
+        """What the denoiser is told, as of `conditioning`; a family may have more to go by than prompts."""
+        return (yield from self.conditioning(r))
 
     def steps_before(self, r: Parameters) -> int:
         """Steps of the stages before this one."""
         return 0
-
-    def steered_by(self, r: Parameters) -> Generator[Call, Any, tuple[Net, dict[str, Tensor]] | None]:
-        """The net whose gradient steers, and what it is told beside the sample; none if nothing steers."""
-        if not r.guidance.clip:
-            return None
-        caption = yield Call(self.caption_encoder, {"input_ids": self.tokens([r.prompt])}, 1)
-        return self.steering, {"caption": caption}
-
-    def strength_of_steering(self, r: Parameters) -> float:
-        return r.guidance.clip or 0.0
-
-    def conditions(
-        self, r: Parameters, context: Tensor, extra: Tensor | None
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The arguments of `denoise` that stay the same: with classifier-free guidance and, of one row, without."""
-
-        def arguments(context: Tensor) -> dict[str, Tensor]:
-            rows = len(context)
-            unconditional, conditional = UNCONDITIONAL_THEN_CONDITIONAL if rows == 2 else ALONE
-            found = {
-                "context": context,
-                "guidance_scale": torch.tensor(r.guidance_scale if rows == 2 else 1.0, device=self.device),
-                "unconditional": unconditional.to(self.device),
-                "conditional": conditional.to(self.device),
-            }
-            if extra is not None:
-                found["extra"] = extra.expand(rows, -1, -1, -1)
-            if r.guidance.rescale:
-                found["rescale"] = torch.tensor(r.guidance.rescale, device=self.device)
-            return found
-
-        return arguments(context), arguments(context[-1:])
 
     # -- what the program starts from
 
@@ -232,20 +155,6 @@ class StableDiffusion:
     def factor(self) -> int:
         """Pixels a latent, in each direction."""
         return 2 ** (len(self.pipeline.vae.config.block_out_channels) - 1)
-
-    def tokens(self, texts: list[str]) -> Tensor:
-        """[texts, tokens]"""
-        tokenizer = self.pipeline.tokenizer
-        length = tokenizer.model_max_length
-        return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
-
-    def warnings(self, r: Parameters) -> list[str]:
-        """What of the prompts the text encoder will not see."""
-        return unseen(r, self.pipeline.tokenizer, self.pipeline.tokenizer.model_max_length)
-
-    def noise(self, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
-        """Drawn in the model's dtype, as the stock pipeline does, then float32."""
-        return randn_tensor(shape, generator=rng, device=self.device, dtype=self.dtype).float()
 
     def pixels(self, image: Image.Image) -> Tensor:
         """[1, 3, H, W] in [-1, 1]"""
@@ -259,24 +168,5 @@ class StableDiffusion:
 
     def masks(self, mask: Image.Image, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """1 where to repaint: [1, 1, H, W] for pixels on the CPU, [1, 1, h, w] for latents on the device."""
-        hole = torch.frombuffer(bytearray(mask.convert("L").tobytes()), dtype=torch.uint8)
-        hole = (hole.view(1, 1, mask.height, mask.width) >= 128).float()
+        hole = hole_of(mask)
         return hole, torch.nn.functional.interpolate(hole, shape[-2:]).to(self.device)
-
-
-def skipped_steps(r: Parameters) -> int:
-    """How many steps image-to-image leaves out: the stock pipelines' `get_timesteps`, but at least one is taken."""
-    if r.strength is None:
-        return 0
-    return r.num_inference_steps - max(int(r.num_inference_steps * r.strength), 1)
-
-
-def unseen(r: Parameters, tokenizer: Any, length: int) -> list[str]:
-    """A warning for each prompt that has no room in `length` tokens, of which some mark the start and the end."""
-    room, warnings = length - tokenizer.num_special_tokens_to_add(), list[str]()
-    for field in ("prompt", "negative_prompt"):
-        ids = tokenizer(getattr(r, field), add_special_tokens=False, verbose=False).input_ids
-        if len(ids) > room:
-            lost = tokenizer.decode(ids[room:]).strip()
-            warnings.append(f"{field} is cut after {room} tokens: {lost!r} is not seen")
-    return warnings

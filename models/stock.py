@@ -20,14 +20,15 @@ from diffusers.pipelines.auto_pipeline import (
     AutoPipelineForInpainting,
     AutoPipelineForText2Image,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from app.schemas import Parameters, Task
 from models import samplers
 from models.catalog import ModelCard
+from models.guided import modules_of, unseen
 from models.preview import LatentColours
 from models.program import BUCKETS, Call, Inputs, Net, Program, generator
-from models.stable_diffusion import NO_PARTS, unseen
+from models.stable_diffusion import NO_PARTS
 
 DENOISERS = ("unet", "transformer")
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder")
@@ -45,8 +46,9 @@ Suspend = Callable[[Call], Any]
 class StockPipelines:
     """One resident model, run through diffusers' own pipelines for each task."""
 
-    def __init__(self, card: ModelCard, pipeline: Any, parts: Mapping[str, nn.Module] = NO_PARTS):
-        self.card, self.pipeline, self.parts = card, pipeline, parts
+    def __init__(self, card: ModelCard, pipeline: Any, parts: Mapping[str, Any] = NO_PARTS):
+        self.card, self.pipeline = card, pipeline
+        self.modules = modules_of(pipeline.components.values())
         self.pipelines = {task: AUTO[task].from_pipe(pipeline) for task in card.tasks}
         for one in self.pipelines.values():
             one.set_progress_bar_config(disable=True)

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from app.schemas import Parameters
 from models import guidance, samplers
 from models.catalog import ModelCard, Stage
+from models.guided import ALONE, UNCONDITIONAL_THEN_CONDITIONAL
 from models.program import Call, Inputs, Net, generator
-from models.stable_diffusion import ALONE, UNCONDITIONAL_THEN_CONDITIONAL, StableDiffusion
+from models.stable_diffusion import StableDiffusion
 
 PRIOR_SCHEDULER: dict[str, Any] = {  # the prior predicts the embedding itself
     "beta_schedule": "squaredcos_cap_v2",
@@ -54,11 +55,10 @@ class ImageProjection(ModelMixin, ConfigMixin):
 class UnCLIP(StableDiffusion):
     """The decoder is a latent diffusion model which is told an embedding instead of a prompt."""
 
-    def __init__(self, card: ModelCard, pipeline: Any, parts: Mapping[str, nn.Module]):
+    def __init__(self, card: ModelCard, pipeline: Any, parts: Mapping[str, Any]):
         super().__init__(card, pipeline, parts)
-        self.clip: Any = parts["clip"]
+        self.clip = parts["clip"]
         self.width = self.clip.config.projection_dim
-        self.caption_encoder = Net("encode_caption", self.encode_caption, width=32)
         self.picture_encoder = Net("encode_picture", self.encode_picture, width=8)
         self.prior = Net("prior", self.guess, buckets=(2, 4, 8, 16, 32), width=32)
         self.projector = Net("project", self.project, width=32)
@@ -91,7 +91,7 @@ class UnCLIP(StableDiffusion):
         Returns:
             the next sample, [rows, width].
         """
-        prior: Any = self.parts["prior"]
+        prior = self.parts["prior"]
         e = prior(sample.to(self.dtype), timestep, proj_embedding=caption.to(self.dtype)).predicted_image_embedding
         e = guidance.classifier_free(e.float(), guidance_scale, unconditional, conditional)
         return coefficients[:, :1] * sample + coefficients[:, 1:2] * e
@@ -102,7 +102,8 @@ class UnCLIP(StableDiffusion):
 
     # -- the programs' first stage
 
-    def conditioning(self, r: Parameters, guided: bool, inputs: Inputs, seed: int) -> Generator[Call, Any, Tensor]:
+    def conditioned(self, r: Parameters, inputs: Inputs, seed: int) -> Generator[Call, Any, Tensor]:
+        guided = r.guidance_scale > 1
         imagined: dict[str, Tensor] = {}
         if prompts := self.prompts(r):
             imagined = yield from self.imagined(prompts, r, seed)
@@ -174,8 +175,7 @@ class UnCLIP(StableDiffusion):
 
     @property
     def stage(self) -> Stage:
-        assert self.card.prior is not None, f"{self.card.name}: a card of this family says how its prior samples"
-        return self.card.prior
+        return self.card.stages["prior"]
 
 
 def of_variance_one(embedding: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Real parts: a Valkey for whoever asks, and one whole service, with the shipped model, for all tests that share it."""
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,16 @@ from redis import Redis
 
 from app.local import EmbeddedRedis, LocalService
 from app.settings import Settings
+
+
+@pytest.fixture(autouse=True)
+def gradients() -> Iterator[None]:
+    """No test leaves gradients off for those after it, as a program dropped half-way can."""
+    yield
+    if torch := sys.modules.get("torch"):
+        on = torch.is_grad_enabled()
+        torch.set_grad_enabled(True)
+        assert on, "gradients were left off"
 
 
 @pytest.fixture(scope="session")

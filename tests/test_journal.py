@@ -14,7 +14,8 @@ from torch import Tensor
 from app.schemas import Parameters
 from app.storage import BlobStore, open_store
 from models.catalog import Catalog, ModelCard
-from models.loading import load_pipeline, modules
+from models.guided import modules_of
+from models.loading import load_pipeline
 from models.program import Inputs
 from models.samplers import SCHEDULERS
 from models.stable_diffusion import StableDiffusion
@@ -208,7 +209,7 @@ def test_a_model_is_known_by_its_weights_its_card_and_the_code_that_draws(monkey
     pipeline = load_pipeline(card, "cpu")
 
     def identity(card: ModelCard, pipeline: DiffusionPipeline) -> bytes:
-        return journal.model_identity(card, modules(pipeline))
+        return journal.model_identity(card, modules_of(pipeline.components.values()))
 
     own = identity(card, pipeline)
     assert own == identity(card, load_pipeline(card, "cpu"))

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models.catalog import Catalog, Dtype, Folder, Hub, ModelCard, SingleFile
-from models.loading import ModelUnavailable, UnsafeWeights, load_pipeline, modules, resident_bytes
+from models.guided import modules_of
+from models.loading import ModelUnavailable, UnsafeWeights, load_pipeline, resident_bytes
 from tests import tiny
 
 
@@ -49,14 +50,18 @@ def test_a_single_file_draws_as_the_folder_it_was_made_of(saved: Path, tmp_path:
 
 
 def test_a_loaded_pipeline_is_for_inference_only(saved: Path):
-    for module in modules(load_pipeline(folder_card(saved), "cpu")):
+    for module in modules_of(load_pipeline(folder_card(saved), "cpu").components.values()):
         assert not module.training
         assert not any(parameter.requires_grad for parameter in module.parameters())
 
 
 def test_weights_take_the_dtype_of_the_card(saved: Path):
     half = folder_card(saved).model_copy(update={"dtype": Dtype(cpu="bfloat16")})
-    dtypes = {tensor.dtype for module in modules(load_pipeline(half, "cpu")) for tensor in module.parameters()}
+    dtypes = {
+        tensor.dtype
+        for module in modules_of(load_pipeline(half, "cpu").components.values())
+        for tensor in module.parameters()
+    }
     assert dtypes == {torch.bfloat16}
 
 
@@ -65,11 +70,11 @@ def test_resident_bytes_are_those_of_all_modules_with_shared_tensors_once():
     unet, vae, text_encoder = pipeline.unet, pipeline.vae, pipeline.text_encoder
     parts = [tensor.nbytes for module in (unet, vae, text_encoder) for tensor in module.state_dict().values()]
     parts += [tensor.nbytes for tensor in text_encoder.buffers()]  # position ids, which are not saved
-    assert resident_bytes(modules(pipeline)) == sum(parts)
+    assert resident_bytes(modules_of(pipeline.components.values())) == sum(parts)
     unet.conv_out.weight = vae.encoder.conv_in.weight = unet.conv_in.weight
     pipeline.register_modules(image_encoder=text_encoder)
     freed = 4 * (4 * 32 + 3 * 32) * 9  # float32, channels in and out, 3 x 3 pixels
-    assert resident_bytes(modules(pipeline)) == sum(parts) - freed
+    assert resident_bytes(modules_of(pipeline.components.values())) == sum(parts) - freed
 
 
 def test_the_safety_checker_is_not_loaded(saved: Path, tmp_path: Path):

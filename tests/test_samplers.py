@@ -92,7 +92,7 @@ def test_drawing_a_table_up_leaves_the_generators_of_torch_alone():
 
 
 @pytest.mark.parametrize("steps", [6, 13])
-@pytest.mark.parametrize(("name", "kind"), [*CASES, *((name, "v_prediction") for name in samplers.NOT_LINEAR)])
+@pytest.mark.parametrize(("name", "kind"), [*CASES, *((name, "v_prediction") for name in sorted(samplers.NOT_LINEAR))])
 def test_the_estimate_is_the_picture_that_the_net_believes_in(name: str, kind: str, steps: int):
     """A net that knows the picture and the noise: its estimate is the picture at every step."""
     sampler = samplers.sampler(name, config(kind), steps, begin=1)

@@ -124,7 +124,7 @@ def test_a_variation_moves_as_one_caption_differs_from_another(shipped: UnCLIP, 
 
 def test_progress_names_the_stage_and_counts_through_it(shipped: UnCLIP):
     told = progress(shipped, asked(num_inference_steps=3, width=64, height=64))
-    prior = CARD.prior.num_inference_steps if CARD.prior else 0
+    prior = CARD.stages["prior"].num_inference_steps
     assert told == [(i, prior + 3) for i in range(prior + 4)]
     engine, stages = Engine(), list[str]()
     ticket = engine.submit(shipped.draw(asked(num_inference_steps=1, width=64, height=64), 0, NOTHING))

@@ -17,9 +17,13 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    UNet2DModel,
 )
 from tokenizers import pre_tokenizers
 from transformers import (
+    BertConfig,
+    BertModel,
+    BertTokenizer,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -33,6 +37,15 @@ WIDTH = 32  # of text embeddings
 TOKENS = 77
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 CLIP_VOCABULARY = [*BYTES, *(byte + "</w>" for byte in BYTES), "<|startoftext|>", "<|endoftext|>"]
+BERT_VOCABULARY = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    *"abcdefghijklmnopqrstuvwxyz",
+    *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz"),
+]
 T5_VOCABULARY = ["<pad>", "</s>", "<unk>", "▁", *map(chr, range(33, 127))]
 STABLE_DIFFUSION_NOISE: dict[str, Any] = {
     "beta_start": 0.00085,
@@ -140,6 +153,53 @@ def flux() -> DiffusionPipeline:
     )
 
 
+def cascade(known: bool = True) -> dict[str, Any]:
+    """The parts of a pixel model: 16 pixels, enlarged to 32, in patches of two."""
+    torch.manual_seed(0)
+    colours = 3 * 4
+    base = unet(
+        in_channels=2 * colours + 4 if known else colours, cross_attention_dim=WIDTH, sample_size=8, out=colours
+    )
+    upsampler = UNet2DModel(
+        sample_size=16,
+        in_channels=2 * colours,
+        out_channels=colours,
+        block_out_channels=(32, 64),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=8,
+        add_attention=False,
+        class_embed_type="timestep",
+    )
+    return {
+        "base": base,
+        "upsampler": upsampler.eval(),
+        "text_encoder": clip_text() if known else bert(),
+        "tokenizer": clip_tokenizer() if known else bert_tokenizer(),
+        "scheduler": DDIMScheduler(clip_sample=False, prediction_type="v_prediction", **STABLE_DIFFUSION_NOISE),
+    }
+
+
+def bert() -> BertModel:
+    return BertModel(
+        BertConfig(
+            vocab_size=len(BERT_VOCABULARY),
+            hidden_size=WIDTH,
+            intermediate_size=2 * WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=TOKENS,
+        ),
+        add_pooling_layer=False,
+    ).eval()
+
+
+def bert_tokenizer() -> BertTokenizer:
+    vocabulary = {token: number for number, token in enumerate(BERT_VOCABULARY)}
+    return BertTokenizer(vocab=vocabulary, model_max_length=TOKENS)
+
+
 def save(pipeline: DiffusionPipeline, folder: Path) -> Path:
     pipeline.save_pretrained(folder, safe_serialization=True)
     return folder
@@ -162,11 +222,11 @@ def autoencoder(**config: Any) -> AutoencoderKL:
     ).eval()
 
 
-def unet(in_channels: int = 4, **config: Any) -> UNet2DConditionModel:
+def unet(in_channels: int = 4, out: int = 4, sample_size: int = 16, **config: Any) -> UNet2DConditionModel:
     return UNet2DConditionModel(
-        sample_size=16,
+        sample_size=sample_size,
         in_channels=in_channels,
-        out_channels=4,
+        out_channels=out,
         block_out_channels=(32, 64),
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),

@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import structlog
-from torch import nn
 
 from app import metrics
 from models.catalog import Catalog, ModelCard
 from models.families import Resident
-from models.loading import modules, resident_bytes
+from models.loading import resident_bytes
 from models.program import Net
 from workers.curve import Curve, warm_up
 from workers.journal import model_identity
@@ -131,7 +130,7 @@ class Residency:
             log.error("model_unavailable", model=model, exc_info=error)
             self.failed[model] = time.monotonic(), ModelUnavailable(f"{model} cannot be loaded: {error}")
             return None
-        self.warm[model] = warm = Warm(resident, curves, model_identity(resident.card, all_modules(resident)))
+        self.warm[model] = warm = Warm(resident, curves, model_identity(resident.card, resident.modules))
         self._show_memory()
         took = time.perf_counter() - began
         metrics.MODEL_LOAD.labels(model).set(took)
@@ -147,11 +146,7 @@ class Residency:
         return model
 
     def _show_memory(self) -> None:
-        metrics.MEMORY.set(sum(resident_bytes(all_modules(warm.resident)) for warm in self.warm.values()))
+        metrics.MEMORY.set(sum(resident_bytes(warm.resident.modules) for warm in self.warm.values()))
 
     def close(self) -> None:
         self.thread.shutdown(wait=False, cancel_futures=True)
-
-
-def all_modules(resident: Resident) -> list[nn.Module]:
-    return [*modules(resident.pipeline), *resident.parts.values()]

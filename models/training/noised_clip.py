@@ -1,11 +1,14 @@
-"""Trains the noise-aware CLIP that steers emoji-sd.
+"""Trains the noise-aware CLIP that steers emoji-sd or, of pixels instead of latents, emoji-glide.
 
     python -m models.training.noised_clip WORK OUT --minutes 25
+    python -m models.training.noised_clip WORK OUT --pixels --minutes 25
 
 It begins with emoji-clip's own layers, and learns to find a noised picture's caption among those of its batch. WORK has
 the encoded scenes (models.training.encode) and the state it goes on from.
 """
 
+import argparse
+import math
 from typing import Any
 
 import torch
@@ -14,6 +17,7 @@ from torch import Tensor
 
 from models.catalog import WEIGHTS
 from models.noised_clip import NoisedCLIP
+from models.training.base import small
 from models.training.encode import Encoders, read
 from models.training.running import Run, options
 
@@ -41,6 +45,20 @@ def begin(latents: Tensor) -> NoisedCLIP:
     return model
 
 
+def begin_with_pixels() -> NoisedCLIP:
+    """emoji-clip's image encoder, which sees a small picture as it saw the large one."""
+    clip = Encoders().clip
+    model = NoisedCLIP(channels=3, size=64, patch_size=8)
+    state = clip.vision_model.state_dict()
+    eyes = "embeddings.patch_embedding.weight"
+    state[eyes] = torch.nn.functional.avg_pool2d(state[eyes], 2) * 4
+    model.vision.load_state_dict(state)
+    model.projection.load_state_dict(clip.visual_projection.state_dict())
+    with torch.no_grad():
+        model.scale.copy_(clip.logit_scale - math.log(10))  # a first guess: its features are about so long
+    return model
+
+
 def noised(latents: Tensor, timestep: Tensor, alphas_cumprod: Tensor) -> Tensor:
     alpha_bar = alphas_cumprod[timestep].view(-1, 1, 1, 1)
     return alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * torch.randn_like(latents)
@@ -57,13 +75,16 @@ def loss_of(model: NoisedCLIP, latents: Tensor, text: Tensor, alphas_cumprod: Te
 
 
 def main() -> None:
-    given = options(__doc__)
-    latents, text = read(given.work, "latents", "text")
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--pixels", action="store_true", help="the noise lies on pixels, not on latents")
+    given = options(__doc__, parser)
+    pictures, text = read(given.work, "pixels" if given.pixels else "latents", "text")
     scheduler: Any = DDIMScheduler.from_pretrained(WEIGHTS / "emoji-sd" / "scheduler")
-    model = begin(latents)
-    run = Run("noised-clip", model, LEARNING_RATE, given)
-    for rows in run.batches(len(latents), BATCH):
-        loss, found = loss_of(model, latents[rows].float(), text[rows].float(), scheduler.alphas_cumprod)
+    model = begin_with_pixels() if given.pixels else begin(pictures)
+    run = Run("noised-clip-pixels" if given.pixels else "noised-clip", model, LEARNING_RATE, given)
+    for rows in run.batches(len(pictures), BATCH):
+        clean = small(pictures[rows]) if given.pixels else pictures[rows].float()
+        loss, found = loss_of(model, clean, text[rows].float(), scheduler.alphas_cumprod)
         run.step(loss, first=found.mean())
     run.save(given.out)
 

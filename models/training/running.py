@@ -15,8 +15,8 @@ REPORT_EVERY = 20.0  # seconds
 WARM_UP = 0.03  # of the run
 
 
-def options(about: str | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(about or "").partition("\n")[0])
+def options(about: str | None, *more: argparse.ArgumentParser) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(about or "").partition("\n")[0], parents=more)
     parser.add_argument("work", type=Path, help="encoded scenes, and the state to go on from")
     parser.add_argument("out", type=Path, help="where the trained model goes")
     parser.add_argument("--minutes", type=float, default=9.0)

@@ -1,0 +1,133 @@
+"""What programs of guided diffusion have in common: prompts as tokens, guidance's rows, and steering by CLIP."""
+
+from collections.abc import Generator, Iterable, Mapping
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+from torch import Tensor, nn
+
+from app.schemas import Parameters
+from models import guidance
+from models.catalog import ModelCard
+from models.program import BUCKETS, Call, Net
+from models.sampling import Steering, Told
+
+UNCONDITIONAL_THEN_CONDITIONAL = (torch.tensor([0, -1]), torch.tensor([1, 0]))  # where each row finds its pair
+ALONE = (torch.tensor([0]), torch.tensor([0]))
+
+
+class Guided:
+    """The part of a resident model that guides. Read-only to requests."""
+
+    def __init__(self, card: ModelCard, tokenizer: Any, denoiser: Any, parts: Mapping[str, Any]):
+        self.card, self.tokenizer, self.parts = card, tokenizer, parts
+        self.length = tokenizer.model_max_length
+        self.device, self.dtype = denoiser.device, denoiser.dtype
+        self.buckets = tuple(bucket for bucket in BUCKETS if bucket <= card.max_rows)
+        self.text_encoder = Net("encode_text", self.encode_text, width=32)
+        if "clip" in parts:
+            self.caption_encoder = Net("encode_caption", self.encode_caption, width=32)
+        if "noised_clip" in parts:
+            self.steering = Net("steer", self.steer, buckets=self.buckets, width=16, journaled=True)
+
+    # -- the nets: rows in, rows out
+
+    def encode_text(self, *, input_ids: Tensor) -> Tensor:
+        """[rows, tokens] to what the denoiser is told, [rows, tokens, width]."""
+        raise NotImplementedError
+
+    def encode_caption(self, *, input_ids: Tensor) -> Tensor:
+        """[rows, tokens] to embeddings of length one, [rows, width], as CLIP has them."""
+        features = self.parts["clip"].get_text_features(input_ids=input_ids.to(self.device)).pooler_output
+        return torch.nn.functional.normalize(features.float(), dim=-1)
+
+    def steer(self, *, sample: Tensor, timestep: Tensor, caption: Tensor) -> Tensor:
+        """[rows, C, h, w]: where each sample agrees better with its caption, see `guidance.clip`."""
+        return guidance.gradient(lambda x: guidance.clip(self.foreseen(x, timestep), caption), sample)
+
+    def foreseen(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        """[rows, width] float32: what the noise-aware CLIP says of half-denoised samples."""
+        return self.parts["noised_clip"](sample.to(self.dtype), timestep).float()
+
+    # -- what programs do with them
+
+    def told(self, r: Parameters, calls: int, context: Tensor, **rows: Tensor) -> Told:
+        """What the denoiser is told at each of so many calls: guidance's two rows, or one.
+
+        Args:
+            context: [rows, tokens, width], the unconditional row first if there is one; rows: [1, …], told to each.
+        """
+
+        def arguments(context: Tensor) -> tuple[int, dict[str, Tensor]]:
+            count = len(context)
+            unconditional, conditional = UNCONDITIONAL_THEN_CONDITIONAL if count == 2 else ALONE
+            found = {
+                "context": context,
+                "guidance_scale": torch.tensor(r.guidance_scale if count == 2 else 1.0, device=self.device),
+                "unconditional": unconditional.to(self.device),
+                "conditional": conditional.to(self.device),
+            }
+            found |= {name: row.expand(count, *[-1] * (row.ndim - 1)) for name, row in rows.items()}
+            if r.guidance.rescale:
+                found["rescale"] = torch.tensor(r.guidance.rescale, device=self.device)
+            return count, found
+
+        guided, alone = arguments(context), arguments(context[-1:])
+        return lambda i: guided if guidance.in_interval(r.guidance.interval, i, calls) else alone
+
+    def steered_by(self, r: Parameters) -> Generator[Call, Any, Steering | None]:
+        if not r.guidance.clip:
+            return None
+        caption = yield Call(self.caption_encoder, {"input_ids": self.tokens([r.prompt])}, 1)
+        return Steering(self.steering, {"caption": caption}, r.guidance.clip)
+
+    def conditioning(self, r: Parameters) -> Generator[Call, Any, Tensor]:
+        """What the denoiser is told: [rows, tokens, width], the unconditional row first if there is one."""
+        texts = [r.negative_prompt, r.prompt] if r.guidance_scale > 1 else [r.prompt]
+        return (yield Call(self.text_encoder, {"input_ids": self.tokens(texts)}, len(texts)))
+
+    # -- what programs start from
+
+    def tokens(self, texts: list[str]) -> Tensor:
+        """[texts, tokens]"""
+        return self.tokenizer(
+            texts, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
+        ).input_ids
+
+    def warnings(self, r: Parameters) -> list[str]:
+        """What of the prompts the text encoder will not see."""
+        return unseen(r, self.tokenizer, self.length)
+
+    def noise(self, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
+        """Drawn in the model's dtype, as the stock pipelines do, then float32."""
+        return randn_tensor(shape, generator=rng, device=self.device, dtype=self.dtype).float()
+
+
+def skipped_steps(r: Parameters) -> int:
+    """How many steps image-to-image leaves out: the stock pipelines' `get_timesteps`, but at least one is taken."""
+    if r.strength is None:
+        return 0
+    return r.num_inference_steps - max(int(r.num_inference_steps * r.strength), 1)
+
+
+def hole_of(mask: Image.Image) -> Tensor:
+    """[1, 1, H, W] on the CPU: one where to repaint"""
+    hole = torch.frombuffer(bytearray(mask.convert("L").tobytes()), dtype=torch.uint8)
+    return (hole.view(1, 1, mask.height, mask.width) >= 128).float()
+
+
+def unseen(r: Parameters, tokenizer: Any, length: int) -> list[str]:
+    """A warning for each prompt that has no room in `length` tokens, of which some mark the start and the end."""
+    room, warnings = length - tokenizer.num_special_tokens_to_add(), list[str]()
+    for field in ("prompt", "negative_prompt"):
+        ids = tokenizer(getattr(r, field), add_special_tokens=False, verbose=False).input_ids
+        if len(ids) > room:
+            lost = tokenizer.decode(ids[room:]).strip()
+            warnings.append(f"{field} is cut after {room} tokens: {lost!r} is not seen")
+    return warnings
+
+
+def modules_of(components: Iterable[Any]) -> list[nn.Module]:
+    return [component for component in components if isinstance(component, nn.Module)]

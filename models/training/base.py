@@ -1,0 +1,135 @@
+"""Trains the 64 px models of emoji-glide and emoji-imagen: pixel diffusion in patches, begun from emoji-sd's denoiser.
+
+    python -m models.training.base WORK OUT --model glide --minutes 60
+    python -m models.training.base WORK OUT --model imagen --begin GLIDE --minutes 60
+
+GLIDE's is told emoji-sd's own words and what is known of the picture, so that it also inpaints; Imagen's is told a
+language model's, and nothing of the picture.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
+from torch import Tensor
+from torch.nn.functional import avg_pool2d, pixel_shuffle, pixel_unshuffle
+
+from models.catalog import WEIGHTS
+from models.training.encode import Encoders, read
+from models.training.running import Run, options
+
+BATCH = 24
+LEARNING_RATE = 4e-4
+PATCH = 4
+DROPPED = 0.1  # captions, for classifier-free guidance
+SURE = 5.0  # the loss weighs timesteps by min(1, SURE / (SNR + 1)): Hang et al. 2023, for v-prediction
+EXAMPLES = 600  # pictures from which it is judged what a patch looks like as a latent, and back
+
+
+def begin_glide(pixels: Tensor) -> UNet2DConditionModel:
+    """emoji-sd's denoiser, which takes a patch of 4 × 4 pixels for one of its latents."""
+    old = UNet2DConditionModel.from_pretrained(WEIGHTS / "emoji-sd" / "unet", torch_dtype=torch.float32)
+    colours = 3 * PATCH**2
+    new = resized(old, in_channels=2 * colours + PATCH**2, out_channels=colours, sample_size=64 // PATCH)
+    encoders = Encoders()
+    latents = torch.cat([encoders.latents(some / 255.0) for some in pixels[:EXAMPLES].split(50)])
+    z = with_one(latents.permute(0, 2, 3, 1).flatten(0, 2))
+    patches = pixel_unshuffle(small(pixels[:EXAMPLES]), PATCH).permute(0, 2, 3, 1).flatten(0, 2)
+    to_latents = torch.linalg.lstsq(with_one(patches), z[:, :-1]).solution[:-1]  # [colours, 8]
+    to_patches = torch.linalg.lstsq(z, patches).solution[:-1]  # [8, colours]
+    with torch.no_grad():
+        new.conv_in.weight.zero_()
+        new.conv_in.weight[:, :colours] = torch.einsum("olhw,cl->ochw", old.conv_in.weight, to_latents)
+        new.conv_in.bias.copy_(old.conv_in.bias)
+        new.conv_out.weight.copy_(torch.einsum("lihw,lc->cihw", old.conv_out.weight, to_patches))
+        new.conv_out.bias.copy_(old.conv_out.bias @ to_patches)
+    return new
+
+
+def begin_imagen(glide: Path, contexts: Tensor, meanings: Tensor) -> UNet2DConditionModel:
+    """GLIDE's, with other eyes and ears: no known pixels, and a language model's words."""
+    old = UNet2DConditionModel.from_pretrained(glide, torch_dtype=torch.float32)
+    colours = 3 * PATCH**2
+    new = resized(old, in_channels=colours, encoder_hid_dim=meanings.shape[-1], encoder_hid_dim_type="text_proj")
+    with torch.no_grad():
+        new.conv_in.weight.copy_(old.conv_in.weight[:, :colours])
+        new.conv_in.bias.copy_(old.conv_in.bias)
+    return new
+
+
+def resized(old: Any, **changed: Any) -> Any:
+    """A model with the old one's weights wherever the changed configuration leaves their shape alone."""
+    new: Any = UNet2DConditionModel.from_config({**old.config, **changed})
+    own = new.state_dict()
+    new.load_state_dict(
+        {k: v for k, v in old.state_dict().items() if k in own and own[k].shape == v.shape}, strict=False
+    )
+    return new
+
+
+def with_one(rows: Tensor) -> Tensor:
+    return torch.cat([rows, torch.ones(len(rows), 1)], 1)
+
+
+def small(pixels: Tensor) -> Tensor:
+    """[rows, 3, 128, 128] of 255 to [rows, 3, 64, 64] in [-1, 1]"""
+    return avg_pool2d(pixels.float() / 127.5 - 1, 2)
+
+
+def holes(rows: int) -> Tensor:
+    """[rows, 1, 64, 64], one where the picture is not known: all of it, a box, or all but a box."""
+    at = torch.arange(64) + 0.5
+    low, high = (torch.rand(2, rows, 2, 1) * 64).sort(0).values
+    inside = (at >= low) & (at <= high)
+    box = inside[:, 0, :, None] & inside[:, 1, None, :]
+    kind = torch.rand(rows, 1, 1)
+    return torch.where(kind < 0.6, True, torch.where(kind < 0.85, box, ~box)).float()[:, None]
+
+
+def noised(x0: Tensor, alphas_cumprod: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Noised samples, their timesteps (stratified), the velocities to predict, and the loss's weights, [rows]."""
+    rows = len(x0)
+    timestep = ((torch.arange(rows) + torch.rand(rows)) / rows * 1000).long().clamp(max=999)
+    alpha_bar = alphas_cumprod[timestep].view(-1, 1, 1, 1)
+    noise = torch.randn_like(x0)
+    weight = (SURE / (1 / (1 - alpha_bar)).view(-1)).clamp(max=1.0)
+    return (
+        alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise,
+        timestep,
+        alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x0,
+        weight,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--model", choices=("glide", "imagen"), required=True)
+    parser.add_argument("--begin", type=Path, help="of Imagen: GLIDE's trained model, to begin with")
+    given = options(__doc__, parser)
+    glide = given.model == "glide"
+    pixels, told = read(given.work, "pixels", "context" if glide else "meaning")
+    encoders = Encoders()
+    nothing = encoders.context([""])[0] if glide else encoders.meaning([""])[0]
+    model: Any = begin_glide(pixels) if glide else begin_imagen(given.begin, told, told)
+    scheduler: Any = DDIMScheduler.from_pretrained(WEIGHTS / "emoji-sd" / "scheduler")
+    run = Run(given.model, model.train(), LEARNING_RATE, given, decay=0.999)
+    for rows in run.batches(len(pixels), BATCH):
+        x0 = small(pixels[rows])
+        sample, timestep, velocity, weight = noised(x0, scheduler.alphas_cumprod)
+        kept = torch.rand(BATCH, 1, 1) > DROPPED
+        context = torch.where(kept, told[rows].float(), nothing)
+        seen = [pixel_unshuffle(sample, PATCH)]
+        if glide:
+            hole = holes(BATCH)
+            seen += [pixel_unshuffle(x0 * (1 - hole), PATCH), pixel_unshuffle(hole, PATCH)]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            guess = model(torch.cat(seen, 1), timestep, encoder_hidden_states=context, return_dict=False)[0]
+        error = (pixel_shuffle(guess.float(), PATCH) - velocity).square().mean((1, 2, 3))
+        run.step((error * weight).mean(), unweighted=error.detach().mean())
+    run.save(given.out)
+
+
+if __name__ == "__main__":
+    main()
