@@ -32,7 +32,7 @@ up: setup
 	@.venv/bin/darkroom up --with-parent
 
 test: setup
-	@.venv/bin/pytest
+	@.venv/bin/pytest -n 2 --dist loadfile
 
 check: setup
 	@.venv/bin/ruff format --check .

@@ -32,7 +32,7 @@ class Cascade(Guided):
     def __init__(self, card: ModelCard, pipeline: Any, parts: Mapping[str, Any]):
         self.base, self.enlarger = parts["base"], parts["upsampler"]
         super().__init__(card, parts["tokenizer"], self.base, parts)
-        self.length = min(self.length, card.limits.prompt_tokens)  # a language model has more patience than its listeners
+        self.length = min(self.length, card.limits.prompt_tokens)  # a language model would read on
         self.modules = modules_of(parts.values())
         self.scheduler_config = samplers.frozen_config(parts["scheduler"])
         self.alphas_cumprod = parts["scheduler"].alphas_cumprod

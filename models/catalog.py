@@ -100,7 +100,7 @@ class ModelCard(Strict):
     tasks: list[Task]
     guidance: list[Guide] = ["classifier_free"]
     classes: list[str] = []  # of a class-conditional model, which draws nothing else
-    parts: dict[str, str] = {}  # what it is put together from beside the source, by name: see `place_of`
+    parts: dict[str, str] = {}  # what it has beside the source, by name: `place_of` one, or `hub:repository@revision`
     stages: dict[str, Stage] = {}  # beside the one that a request decides: unCLIP's prior, a cascade's upsampler
     size: Size
     limits: ModelLimits

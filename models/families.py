@@ -12,6 +12,7 @@ from models.preview import LatentColours
 from models.program import Inputs, Net, Program
 from models.stable_diffusion import StableDiffusion
 from models.stock import StockPipelines
+from models.stock_stages import DeepFloyd, DiT, Kandinsky, Karlo
 from models.unclip import UnCLIP
 
 
@@ -35,4 +36,8 @@ FAMILIES = {
     "glide": Cascade,
     "imagen": Cascade,
     "diffusers": StockPipelines,
+    "deepfloyd": DeepFloyd,
+    "dit": DiT,
+    "kandinsky": Kandinsky,
+    "karlo": Karlo,
 }

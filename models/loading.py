@@ -71,6 +71,10 @@ def load_pipeline(card: ModelCard, device: str) -> DiffusionPipeline | None:
         raise
     except UNREADABLE as error:
         raise ModelUnavailable(f"{card.name}: cannot load {card.source!r}: {error}") from error
+    return ready(pipeline, device)
+
+
+def ready(pipeline: Any, device: str) -> Any:
     for module in modules_of(pipeline.components.values()):
         module.eval().requires_grad_(False)
     pipeline.set_progress_bar_config(disable=True)
@@ -90,8 +94,8 @@ PARTS: dict[str, Any] = {
 
 
 def load_parts(card: ModelCard, device: str) -> dict[str, Any]:
-    """What the card's model has beside its pipeline, by name: models, of a class that their configuration names, and
-    the `tokenizer` and the `scheduler`, if they are called so.
+    """What the card's model has beside its pipeline, by name: models, of a class that their configuration names, whole
+    pipelines, and the `tokenizer` and the `scheduler`, if they are called so.
 
     Raises:
         UnsafeWeights, ModelUnavailable: as of `load_pipeline`.
@@ -100,7 +104,7 @@ def load_parts(card: ModelCard, device: str) -> dict[str, Any]:
     parts: dict[str, Any] = {}
     for name, path in card.parts.items():
         try:
-            parts[name] = load_part(name, place_of(path), dtype, device)
+            parts[name] = load_part(name, folder_of(path), dtype, device)
         except UnsafeWeights:
             raise
         except UNREADABLE as error:
@@ -108,7 +112,17 @@ def load_parts(card: ModelCard, device: str) -> dict[str, Any]:
     return parts
 
 
+def folder_of(path: str) -> Path:
+    """Of a part; what the hub has is fetched."""
+    if not path.startswith("hub:"):
+        return place_of(path)
+    repository, _, revision = path.removeprefix("hub:").partition("@")
+    return download(Hub(kind="hub", repository=repository, revision=revision or "main"))
+
+
 def load_part(name: str, folder: Path, dtype: torch.dtype, device: str) -> Any:
+    if (folder / INDEX).is_file():
+        return ready(from_folder(folder, dtype), device)
     refuse_pickles(folder, [file.relative_to(folder) for file in folder.glob("*")], {})
     if name == "tokenizer":
         return AutoTokenizer.from_pretrained(folder)

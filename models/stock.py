@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 import greenlet
 import torch
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.autoencoders.vq_model import VQEncoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.pipelines.auto_pipeline import (
     AutoPipelineForImage2Image,
@@ -30,7 +31,8 @@ from models.preview import LatentColours
 from models.program import BUCKETS, Call, Inputs, Net, Program, generator
 from models.stable_diffusion import NO_PARTS
 
-DENOISERS = ("unet", "transformer")
+DENOISERS = ("unet", "transformer", "prior", "decoder", "super_res_first", "super_res_last")
+AUTOENCODERS = ("vae", "movq")
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder")
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 NOT_PER_ROW = frozenset({"txt_ids", "img_ids"})  # FLUX's positions
@@ -80,7 +82,9 @@ class StockPipelines:
             "output_type": "pt",
         }
         takes = inspect.signature(pipeline.__call__).parameters
-        arguments = {name: value for name, value in offered.items() if name in takes and value is not None}
+        arguments: dict[str, Any] = {
+            name: value for name, value in offered.items() if name in takes and value is not None
+        }
         scheduler = samplers.scheduler(r.scheduler, self.scheduler_config)
         output = yield from stock(pipeline, self.nets, scheduler, **arguments)
         return output.images[0].float().cpu()
@@ -110,34 +114,56 @@ def nets(pipeline: Any, card: ModelCard) -> dict[str, Net]:
     for name in ENCODERS:
         if (module := pipeline.components.get(name)) is not None:
             found[name] = Net(name, module, width=32)
-    vae = pipeline.vae
-
-    def decode(z: Tensor) -> Tensor:
-        return vae.decode(z.to(vae.dtype), return_dict=False)[0]
-
-    def encode(x: Tensor) -> Tensor:
-        return vae.encode(x.to(vae.dtype)).latent_dist.parameters
-
-    found["vae.decode"] = Net("vae.decode", decode, buckets=(1, 2, 4, 8), width=8)
-    found["vae.encode"] = Net("vae.encode", encode, width=1)
+    for name in AUTOENCODERS:
+        if (module := pipeline.components.get(name)) is not None:
+            found |= two_ways(name, module)
     return found
 
 
-def stock(pipeline: Any, nets: Mapping[str, Net], scheduler: Any = None, **arguments: Any) -> Generator[Call, Any, Any]:
+def two_ways(name: str, autoencoder: Any) -> dict[str, Net]:
+    """An autoencoder's two directions."""
+    whole = {"force_not_quantize": True} if name == "movq" else {}  # latents of a quantizing one are drawn unquantized
+
+    def decode(z: Tensor) -> Tensor:
+        return autoencoder.decode(z.to(autoencoder.dtype), return_dict=False, **whole)[0]
+
+    def encode(x: Tensor) -> Tensor:
+        encoded = autoencoder.encode(x.to(autoencoder.dtype))
+        return encoded.latents if name == "movq" else encoded.latent_dist.parameters
+
+    return {
+        f"{name}.decode": Net(f"{name}.decode", decode, buckets=(1, 2, 4, 8), width=8),
+        f"{name}.encode": Net(f"{name}.encode", encode, width=1),
+    }
+
+
+def stock(
+    pipeline: Any,
+    nets: Mapping[str, Net],
+    scheduler: Any = None,
+    mark: Callable[[Call], None] = lambda _: None,
+    **arguments: Any,
+) -> Generator[Call, Any, Any]:
     """Run `pipeline(**arguments)` as a program; returns the pipeline's own output.
 
     Args:
         nets: by component name, see `nets`; components without one run inline.
         scheduler: this request's own; a copy of the pipeline's if none.
+        mark: is shown each call before it is made.
     """
-    own = copy.copy(pipeline)  # shares weights; has its own scheduler and per-call attributes (_guidance_scale, …)
-    watched = Watched(scheduler or copy.deepcopy(pipeline.scheduler), own, arguments)
+    own = copy.copy(pipeline)  # shares weights; has its own schedulers and per-call attributes (_guidance_scale, …)
+    schedulers = {
+        name: copy.deepcopy(one) for name, one in pipeline.components.items() if hasattr(one, "set_timesteps")
+    }
+    watched = Watched(scheduler or schedulers["scheduler"], own, arguments) if "scheduler" in schedulers else None
 
     def suspend(call: Call) -> Any:
+        mark(call)
         return cast(greenlet.greenlet, inner.parent).switch(call)  # what runs has a parent
 
     replaced: dict[str, Any] = {
-        "scheduler": watched,
+        **schedulers,
+        **({"scheduler": watched} if watched else {}),
         "maybe_free_model_hooks": lambda: None,  # would reset caches that other requests are using
     }
     for name, net in nets.items():
@@ -145,8 +171,9 @@ def stock(pipeline: Any, nets: Mapping[str, Net], scheduler: Any = None, **argum
             replaced[name] = Denoiser(getattr(own, name), net, suspend, watched)
         elif name in ENCODERS:
             replaced[name] = Proxy(getattr(own, name), net, suspend)
-    if "vae.decode" in nets:
-        replaced["vae"] = Autoencoder(own.vae, nets, suspend, watched)
+    for name in AUTOENCODERS:
+        if f"{name}.decode" in nets:
+            replaced[name] = Autoencoder(getattr(own, name), nets, name, suspend, watched)
     own.__dict__.update(replaced)
 
     ended = object()
@@ -213,7 +240,7 @@ def forward_names(module: Any) -> list[str]:
 class Denoiser(Proxy):
     """A proxy whose calls are steps."""
 
-    def __init__(self, module: Any, net: Net, suspend: Suspend, scheduler: "Watched"):
+    def __init__(self, module: Any, net: Net, suspend: Suspend, scheduler: "Watched | None"):
         super().__init__(module, net, suspend)
         self.__dict__["scheduler"] = scheduler
 
@@ -222,7 +249,8 @@ class Denoiser(Proxy):
         if isinstance(t, Tensor) and not t.is_floating_point():
             args["timestep"] = t.to(torch.float32)  # samplers disagree on the dtype, and the embedding is float anyway
         call = super().call(args)
-        call.at, call.estimate = self.scheduler.position, self.scheduler.estimate
+        if self.scheduler is not None:
+            call.at, call.estimate = self.scheduler.position, self.scheduler.estimate
         return call
 
 
@@ -245,7 +273,7 @@ class Watched:
         """Steps done, of how many; image-to-image leaves some of the schedule out."""
         scheduled = len(self.scheduler.timesteps)
         calls = getattr(self.pipeline, "_num_timesteps", scheduled)
-        left_out = (scheduled - calls) // self.scheduler.order
+        left_out = (scheduled - calls) // getattr(self.scheduler, "order", 1)
         return samplers.steps_done(self.calls_done, calls, self.scheduler.num_inference_steps - left_out)
 
     @property
@@ -267,11 +295,11 @@ class Watched:
 
 def as_picture(latents: Tensor, pipeline: Any, arguments: Mapping[str, Any]) -> Tensor | None:
     """[1, C, h, w], also of latents that FLUX holds as a sequence of 2 x 2 patches, [1, h/2 · w/2, 4 C]."""
-    if latents.ndim == 4:
-        return latents
+    if latents.ndim != 3:
+        return latents if latents.ndim == 4 else None  # an embedding is no picture
     patch = 2 * pipeline.vae_scale_factor
     height, width = arguments.get("height", 0) // patch, arguments.get("width", 0) // patch
-    if latents.ndim != 3 or latents.shape[1] != height * width or latents.shape[2] % 4:
+    if latents.shape[1] != height * width or latents.shape[2] % 4:
         return None
     patches = latents.view(1, height, width, -1, 2, 2)
     return patches.permute(0, 3, 1, 4, 2, 5).reshape(1, -1, 2 * height, 2 * width)
@@ -280,20 +308,18 @@ def as_picture(latents: Tensor, pipeline: Any, arguments: Mapping[str, Any]) -> 
 class Autoencoder(Proxy):
     """A proxy with two nets: encode and decode."""
 
-    def __init__(self, module: Any, nets: Mapping[str, Net], suspend: Suspend, scheduler: Watched):
-        super().__init__(module, nets["vae.decode"], suspend)
-        self.__dict__.update(nets=nets, scheduler=scheduler)
+    def __init__(self, module: Any, nets: Mapping[str, Net], name: str, suspend: Suspend, scheduler: Watched | None):
+        super().__init__(module, nets[f"{name}.decode"], suspend)
+        self.__dict__.update(encoder=nets[f"{name}.encode"], quantizes=name == "movq", scheduler=scheduler)
 
     def decode(self, z: Tensor, return_dict: bool = True, **_: Any) -> Any:
-        pixels = self.suspend(Call(self.nets["vae.decode"], {"z": z}, z.shape[0], self.scheduler.position))
-        return Decoded(pixels) if return_dict else (pixels,)
+        at = self.scheduler.position if self.scheduler else None
+        pixels = self.suspend(Call(self.net, {"z": z}, z.shape[0], at))
+        return DecoderOutput(sample=pixels) if return_dict else (pixels,)
 
     def encode(self, x: Tensor, return_dict: bool = True) -> Any:
-        moments = self.suspend(Call(self.nets["vae.encode"], {"x": x}, x.shape[0]))
-        posterior = DiagonalGaussianDistribution(moments)
+        encoded = self.suspend(Call(self.encoder, {"x": x}, x.shape[0]))
+        if self.quantizes:
+            return VQEncoderOutput(latents=encoded) if return_dict else (encoded,)
+        posterior = DiagonalGaussianDistribution(encoded)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
-
-
-class Decoded:
-    def __init__(self, sample: Tensor):
-        self.sample = sample

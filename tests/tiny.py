@@ -7,27 +7,42 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DDPMScheduler,
     DiffusionPipeline,
+    DiTPipeline,
+    DiTTransformer2DModel,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    IFPipeline,
+    IFSuperResolutionPipeline,
+    KandinskyV22Pipeline,
+    KandinskyV22PriorPipeline,
+    PriorTransformer,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
+    UnCLIPPipeline,
+    UnCLIPScheduler,
     UNet2DConditionModel,
     UNet2DModel,
+    VQModel,
 )
+from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 from tokenizers import pre_tokenizers
 from transformers import (
     BertConfig,
     BertModel,
     BertTokenizer,
+    CLIPImageProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -52,6 +67,14 @@ STABLE_DIFFUSION_NOISE: dict[str, Any] = {
     "beta_end": 0.012,
     "beta_schedule": "scaled_linear",
     "steps_offset": 1,
+}
+
+
+SIMPLE_ATTENTION: dict[str, Any] = {
+    "down_block_types": ("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
+    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+    "up_block_types": ("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    "resnet_time_scale_shift": "scale_shift",
 }
 
 
@@ -179,6 +202,181 @@ def cascade(known: bool = True) -> dict[str, Any]:
         "tokenizer": clip_tokenizer() if known else bert_tokenizer(),
         "scheduler": DDIMScheduler(clip_sample=False, prediction_type="v_prediction", **STABLE_DIFFUSION_NOISE),
     }
+
+
+def deepfloyd() -> tuple[DiffusionPipeline, DiffusionPipeline]:
+    torch.manual_seed(0)
+    noise: dict[str, Any] = {"num_train_timesteps": 1000, "beta_schedule": "squaredcos_cap_v2"}
+    limits: dict[str, Any] = {"thresholding": True, "dynamic_thresholding_ratio": 0.95, "sample_max_value": 1.5}
+
+    def net(channels: int, size: int, **config: Any) -> UNet2DConditionModel:
+        return UNet2DConditionModel(
+            sample_size=size,
+            layers_per_block=1,
+            block_out_channels=(32, 64),
+            in_channels=channels,
+            out_channels=6,
+            **SIMPLE_ATTENTION,
+            cross_attention_dim=WIDTH,
+            encoder_hid_dim=WIDTH,
+            attention_head_dim=8,
+            addition_embed_type="text",
+            addition_embed_type_num_heads=2,
+            cross_attention_norm="group_norm",
+            act_fn="gelu",
+            norm_num_groups=8,
+            **config,
+        ).eval()
+
+    def scheduler() -> DDPMScheduler:
+        return DDPMScheduler(**noise, **limits, variance_type="learned_range")
+
+    rest: dict[str, Any] = {
+        "tokenizer": t5_tokenizer(),
+        "text_encoder": t5(),
+        "safety_checker": None,
+        "feature_extractor": None,
+        "watermarker": None,
+        "requires_safety_checker": False,
+    }
+    base = IFPipeline(unet=net(3, 16), scheduler=scheduler(), **rest)
+    upsampler = IFSuperResolutionPipeline(
+        unet=net(6, 32, class_embed_type="timestep"),
+        scheduler=scheduler(),
+        image_noising_scheduler=DDPMScheduler(**noise),
+        **rest,
+    )
+    return quiet(base), quiet(upsampler)
+
+
+def dit() -> DiffusionPipeline:
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        sample_size=16,
+        num_layers=2,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        in_channels=4,
+        out_channels=8,
+        num_embeds_ada_norm=1000,
+        norm_type="ada_norm_zero",
+        norm_elementwise_affine=False,
+        activation_fn="gelu-approximate",
+        attention_bias=True,
+    ).eval()
+    labels = {0: "tench, Tinca tinca", 1: "goldfish", 2: "white shark, man-eater"}
+    return quiet(DiTPipeline(transformer=transformer, vae=autoencoder(), scheduler=DDIMScheduler(), id2label=labels))
+
+
+def prior() -> PriorTransformer:
+    """With a deviation that is not nought, as it is by default: it would say the same of everything."""
+    model = PriorTransformer(num_attention_heads=2, attention_head_dim=16, embedding_dim=WIDTH, num_layers=1).eval()
+    model.clip_std.data.fill_(1.0)
+    model.clip_mean.data.normal_()
+    return model
+
+
+def unclip_scheduler(kind: str, predicts: str, **config: Any) -> UnCLIPScheduler:
+    return UnCLIPScheduler(variance_type=kind, prediction_type=predicts, num_train_timesteps=1000, **config)
+
+
+def kandinsky() -> tuple[DiffusionPipeline, DiffusionPipeline]:
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=8,
+        projection_dim=WIDTH,
+    )
+    first = KandinskyV22PriorPipeline(
+        prior=prior(),
+        image_encoder=CLIPVisionModelWithProjection(vision).eval(),
+        text_encoder=clip_text(CLIPTextModelWithProjection),
+        tokenizer=clip_tokenizer(),
+        image_processor=CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+        scheduler=unclip_scheduler("fixed_small_log", "sample", clip_sample_range=5.0),
+    )
+    decoder = KandinskyV22Pipeline(
+        unet=UNet2DConditionModel(
+            in_channels=4,
+            out_channels=8,
+            addition_embed_type="image",
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            encoder_hid_dim=WIDTH,
+            encoder_hid_dim_type="image_proj",
+            cross_attention_dim=WIDTH,
+            attention_head_dim=4,
+            norm_num_groups=8,
+            sample_size=16,
+            **SIMPLE_ATTENTION,
+        ).eval(),
+        movq=VQModel(
+            block_out_channels=(32, 64),
+            down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
+            up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
+            latent_channels=4,
+            layers_per_block=1,
+            norm_num_groups=8,
+            norm_type="spatial",
+            num_vq_embeddings=12,
+            vq_embed_dim=4,
+        ).eval(),
+        scheduler=DDIMScheduler(
+            beta_schedule="linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, set_alpha_to_one=False
+        ),
+    )
+    return quiet(first), quiet(decoder)
+
+
+def karlo() -> DiffusionPipeline:
+    torch.manual_seed(0)
+
+    def enlarger() -> UNet2DModel:
+        return UNet2DModel(
+            sample_size=32,
+            layers_per_block=1,
+            in_channels=6,
+            out_channels=3,
+            block_out_channels=(32, 64),
+            norm_num_groups=8,
+            down_block_types=("ResnetDownsampleBlock2D",) * 2,
+            up_block_types=("ResnetUpsampleBlock2D",) * 2,
+            resnet_time_scale_shift="scale_shift",
+        ).eval()
+
+    decoder = UNet2DConditionModel(
+        sample_size=16,
+        in_channels=3,
+        out_channels=6,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        cross_attention_dim=WIDTH,
+        attention_head_dim=8,
+        class_embed_type="identity",
+        norm_num_groups=8,
+        **SIMPLE_ATTENTION,
+    ).eval()
+    return quiet(
+        UnCLIPPipeline(
+            prior=prior(),
+            prior_scheduler=unclip_scheduler("fixed_small_log", "sample", clip_sample_range=5.0),
+            decoder=decoder,
+            text_encoder=clip_text(CLIPTextModelWithProjection),
+            tokenizer=clip_tokenizer(),
+            text_proj=UnCLIPTextProjModel(
+                clip_extra_context_tokens=4, clip_embeddings_dim=WIDTH, time_embed_dim=128, cross_attention_dim=WIDTH
+            ).eval(),
+            super_res_first=enlarger(),
+            super_res_last=enlarger(),
+            decoder_scheduler=unclip_scheduler("learned_range", "epsilon"),
+            super_res_scheduler=unclip_scheduler("fixed_small_log", "epsilon"),
+        )
+    )
 
 
 def bert() -> BertModel:
