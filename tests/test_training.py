@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
 from safetensors.torch import save_file
 
 from models.noised_clip import NoisedCLIP
-from models.training import decoder, encode, noised_clip, prior
+from models.training import base, decoder, encode, noised_clip, prior, upsampler
 from models.training.scenes import World
 from models.unclip import ImageProjection
 from tests.test_stable_diffusion import threads
@@ -103,3 +104,68 @@ def test_the_decoder_trains_nothing_but_its_projection(work: Path, tmp_path: Pat
     run(decoder.main, monkeypatch, work, tmp_path / "projection", "--minutes", 0.02)
     trained = ImageProjection.from_pretrained(tmp_path / "projection")
     assert trained(torch.zeros(1, 256)).equal(trained.nothing[None])
+
+
+# -- of pixels
+
+
+@pytest.fixture
+def pixels(tmp_path: Path) -> Path:
+    """Encoded scenes, of noise, for the models that draw pixels."""
+    folder = tmp_path / "pixels"
+    folder.mkdir()
+    rng = torch.Generator().manual_seed(0)
+    scenes = {
+        "pixels": torch.randint(0, 256, (130, 3, 128, 128), generator=rng).byte(),
+        "text": torch.nn.functional.normalize(torch.randn(130, 256, generator=rng), dim=-1).half(),
+        "context": torch.randn(130, 32, 256, generator=rng).half(),
+        "meaning": torch.randn(130, 32, 384, generator=rng).half(),
+    }
+    save_file(scenes, folder / "000001.safetensors")
+    return folder
+
+
+def test_scenes_are_encoded_as_pixels_and_what_their_captions_mean(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(encode, "SHARD", 2)
+    monkeypatch.setattr(encode, "BATCH", 2)
+    run(encode.main, monkeypatch, data, tmp_path / "encoded", "--scenes", 2, "--pixels")
+    pixels, context, meaning = encode.read(tmp_path / "encoded", "pixels", "context", "meaning")
+    assert pixels[0, :, 64, 64].tolist() == pytest.approx([255, 0, 0], abs=5)
+    assert context.shape == (2, 32, 256)
+    assert meaning.shape == (2, 32, 384)
+    assert not meaning[:, -1].any()  # no caption is as long as that
+
+
+def test_the_pixel_models_begin_with_the_latent_one_and_with_each_other(
+    pixels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(base, "EXAMPLES", 20)
+    monkeypatch.setattr(base, "BATCH", 2)
+    glide, imagen = tmp_path / "glide", tmp_path / "imagen"
+    run(base.main, monkeypatch, pixels, glide, "--model", "glide", "--minutes", 0.02)
+    run(base.main, monkeypatch, pixels, imagen, "--model", "imagen", "--begin", glide, "--minutes", 0.02)
+    first, second = (UNet2DConditionModel.from_pretrained(folder) for folder in (glide, imagen))
+    assert (first.config.in_channels, second.config.in_channels) == (112, 48)
+    assert second.config.encoder_hid_dim == 384
+
+
+def test_the_upsampler_learns_windows(pixels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(upsampler, "BATCH", 2)
+    run(upsampler.main, monkeypatch, pixels, tmp_path / "upsampler", "--minutes", 0.02)
+    assert UNet2DModel.from_pretrained(tmp_path / "upsampler").config.in_channels == 96
+
+
+def test_what_a_small_picture_shows_is_the_same_part(pixels: Path):
+    (pictures,) = encode.read(pixels, "pixels")
+    large, blurred = upsampler.windows(pictures[:3])
+    assert large.shape == blurred.shape == (3, 3, 64, 64)
+    shrunk, expected = (torch.nn.functional.avg_pool2d(x, 8) for x in (blurred, large))
+    assert (shrunk - expected).abs().mean() < 0.1 * expected.std()
+
+
+def test_the_noised_clip_of_pixels_sees_what_clip_sees(pixels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run(noised_clip.main, monkeypatch, pixels, tmp_path / "noised", "--pixels", "--minutes", 0.02)
+    trained = NoisedCLIP.from_pretrained(tmp_path / "noised")
+    assert trained(torch.randn(2, 3, 64, 64), torch.tensor([10.0, 900.0])).shape == (2, 256)

@@ -4,7 +4,8 @@
     python -m models.training.base WORK OUT --model imagen --begin GLIDE --minutes 60
 
 GLIDE's is told emoji-sd's own words and what is known of the picture, so that it also inpaints; Imagen's is told a
-language model's, and nothing of the picture.
+language model's, and nothing of the picture. Both say what the picture is, not what the noise: of so few channels a
+patch, noise would not get through (Li & He 2025, "Back to basics: let denoising generative models denoise").
 """
 
 import argparse
@@ -24,7 +25,7 @@ BATCH = 24
 LEARNING_RATE = 4e-4
 PATCH = 4
 DROPPED = 0.1  # captions, for classifier-free guidance
-SURE = 5.0  # the loss weighs timesteps by min(1, SURE / (SNR + 1)): Hang et al. 2023, for v-prediction
+SURE = 5.0  # the loss weighs timesteps by min(SNR + 1, SURE): Hang et al. 2023, of pictures instead of velocities
 EXAMPLES = 600  # pictures from which it is judged what a patch looks like as a latent, and back
 
 
@@ -43,16 +44,16 @@ def begin_glide(pixels: Tensor) -> UNet2DConditionModel:
         new.conv_in.weight.zero_()
         new.conv_in.weight[:, :colours] = torch.einsum("olhw,cl->ochw", old.conv_in.weight, to_latents)
         new.conv_in.bias.copy_(old.conv_in.bias)
-        new.conv_out.weight.copy_(torch.einsum("lihw,lc->cihw", old.conv_out.weight, to_patches))
-        new.conv_out.bias.copy_(old.conv_out.bias @ to_patches)
+        new.conv_out.weight.copy_(-torch.einsum("lihw,lc->cihw", old.conv_out.weight, to_patches))  # all noise: x0 = -v
+        new.conv_out.bias.copy_(-(old.conv_out.bias @ to_patches))
     return new
 
 
-def begin_imagen(glide: Path, contexts: Tensor, meanings: Tensor) -> UNet2DConditionModel:
+def begin_imagen(glide: Path, width: int) -> UNet2DConditionModel:
     """GLIDE's, with other eyes and ears: no known pixels, and a language model's words."""
     old = UNet2DConditionModel.from_pretrained(glide, torch_dtype=torch.float32)
     colours = 3 * PATCH**2
-    new = resized(old, in_channels=colours, encoder_hid_dim=meanings.shape[-1], encoder_hid_dim_type="text_proj")
+    new = resized(old, in_channels=colours, encoder_hid_dim=width, encoder_hid_dim_type="text_proj")
     with torch.no_grad():
         new.conv_in.weight.copy_(old.conv_in.weight[:, :colours])
         new.conv_in.bias.copy_(old.conv_in.bias)
@@ -88,36 +89,35 @@ def holes(rows: int) -> Tensor:
     return torch.where(kind < 0.6, True, torch.where(kind < 0.85, box, ~box)).float()[:, None]
 
 
-def noised(x0: Tensor, alphas_cumprod: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Noised samples, their timesteps (stratified), the velocities to predict, and the loss's weights, [rows]."""
+def noised(x0: Tensor, alphas_cumprod: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Noised samples, their timesteps (stratified), and what the loss weighs at each, [rows]."""
     rows = len(x0)
     timestep = ((torch.arange(rows) + torch.rand(rows)) / rows * 1000).long().clamp(max=999)
     alpha_bar = alphas_cumprod[timestep].view(-1, 1, 1, 1)
-    noise = torch.randn_like(x0)
-    weight = (SURE / (1 / (1 - alpha_bar)).view(-1)).clamp(max=1.0)
-    return (
-        alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * noise,
-        timestep,
-        alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * x0,
-        weight,
-    )
+    sample = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * torch.randn_like(x0)
+    return sample, timestep, (1 / (1 - alpha_bar)).view(-1).clamp(max=SURE)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--model", choices=("glide", "imagen"), required=True)
-    parser.add_argument("--begin", type=Path, help="of Imagen: GLIDE's trained model, to begin with")
+    parser.add_argument("--begin", type=Path, help="a trained model to begin with; of Imagen, GLIDE's")
     given = options(__doc__, parser)
     glide = given.model == "glide"
     pixels, told = read(given.work, "pixels", "context" if glide else "meaning")
     encoders = Encoders()
     nothing = encoders.context([""])[0] if glide else encoders.meaning([""])[0]
-    model: Any = begin_glide(pixels) if glide else begin_imagen(given.begin, told, told)
+    if not glide:
+        model: Any = begin_imagen(given.begin, told.shape[-1])
+    elif given.begin:
+        model = UNet2DConditionModel.from_pretrained(given.begin, torch_dtype=torch.float32)
+    else:
+        model = begin_glide(pixels)
     scheduler: Any = DDIMScheduler.from_pretrained(WEIGHTS / "emoji-sd" / "scheduler")
     run = Run(given.model, model.train(), LEARNING_RATE, given, decay=0.999)
     for rows in run.batches(len(pixels), BATCH):
         x0 = small(pixels[rows])
-        sample, timestep, velocity, weight = noised(x0, scheduler.alphas_cumprod)
+        sample, timestep, weight = noised(x0, scheduler.alphas_cumprod)
         kept = torch.rand(BATCH, 1, 1) > DROPPED
         context = torch.where(kept, told[rows].float(), nothing)
         seen = [pixel_unshuffle(sample, PATCH)]
@@ -126,7 +126,7 @@ def main() -> None:
             seen += [pixel_unshuffle(x0 * (1 - hole), PATCH), pixel_unshuffle(hole, PATCH)]
         with torch.autocast("cpu", dtype=torch.bfloat16):
             guess = model(torch.cat(seen, 1), timestep, encoder_hidden_states=context, return_dict=False)[0]
-        error = (pixel_shuffle(guess.float(), PATCH) - velocity).square().mean((1, 2, 3))
+        error = (pixel_shuffle(guess.float(), PATCH) - x0).square().mean((1, 2, 3))
         run.step((error * weight).mean(), unweighted=error.detach().mean())
     run.save(given.out)
 

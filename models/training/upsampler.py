@@ -6,6 +6,8 @@ It is shown the small picture with some noise on it and told how much (noise con
 "Cascaded Diffusion Models", section 4), so that it forgives what the model before it gets wrong.
 """
 
+import argparse
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -50,21 +52,23 @@ def windows(pixels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def main() -> None:
-    given = options(__doc__)
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--begin", type=Path, help="a trained model to begin with")
+    given = options(__doc__, parser)
     (pixels,) = read(given.work, "pixels")
     scheduler: Any = DDIMScheduler.from_pretrained(WEIGHTS / "emoji-sd" / "scheduler")
-    model: Any = begin()
+    model: Any = UNet2DModel.from_pretrained(given.begin, torch_dtype=torch.float32) if given.begin else begin()
     run = Run("upsampler", model, LEARNING_RATE, given, decay=0.999)
     for rows in run.batches(len(pixels), BATCH):
         x0, low = windows(pixels[rows])
-        sample, timestep, velocity, weight = noised(x0, scheduler.alphas_cumprod)
+        sample, timestep, weight = noised(x0, scheduler.alphas_cumprod)
         level = torch.randint(0, NOISIEST, (BATCH,))
         alpha_bar = scheduler.alphas_cumprod[level].view(-1, 1, 1, 1)
         low = alpha_bar.sqrt() * low + (1 - alpha_bar).sqrt() * torch.randn_like(low)
         seen = torch.cat([pixel_unshuffle(sample, PATCH), pixel_unshuffle(low, PATCH)], 1)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             guess = model(seen, timestep, class_labels=level, return_dict=False)[0]
-        error = (pixel_shuffle(guess.float(), PATCH) - velocity).square().mean((1, 2, 3))
+        error = (pixel_shuffle(guess.float(), PATCH) - x0).square().mean((1, 2, 3))
         run.step((error * weight).mean(), unweighted=error.detach().mean())
     run.save(given.out)
 
