@@ -12,7 +12,7 @@ from models.preview import LatentColours
 from models.program import Inputs, Net, Program
 from models.stable_diffusion import StableDiffusion
 from models.stock import StockPipelines
-from models.stock_stages import DeepFloyd, DiT, Kandinsky, Karlo
+from models.stock_stages import Amused, DeepFloyd, DiT, Kandinsky, Karlo, Upscaler
 from models.unclip import UnCLIP
 
 
@@ -36,8 +36,10 @@ FAMILIES = {
     "glide": Cascade,
     "imagen": Cascade,
     "diffusers": StockPipelines,
+    "amused": Amused,
     "deepfloyd": DeepFloyd,
     "dit": DiT,
     "kandinsky": Kandinsky,
     "karlo": Karlo,
+    "upscaler": Upscaler,
 }

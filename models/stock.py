@@ -32,7 +32,7 @@ from models.program import BUCKETS, Call, Inputs, Net, Program, generator
 from models.stable_diffusion import NO_PARTS
 
 DENOISERS = ("unet", "transformer", "prior", "decoder", "super_res_first", "super_res_last")
-AUTOENCODERS = ("vae", "movq")
+AUTOENCODERS = ("vae", "movq", "vqvae")
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder")
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 NOT_PER_ROW = frozenset({"txt_ids", "img_ids"})  # FLUX's positions
@@ -122,14 +122,17 @@ def nets(pipeline: Any, card: ModelCard) -> dict[str, Net]:
 
 def two_ways(name: str, autoencoder: Any) -> dict[str, Net]:
     """An autoencoder's two directions."""
-    whole = {"force_not_quantize": True} if name == "movq" else {}  # latents of a quantizing one are drawn unquantized
+    whole = {} if name == "vae" else {"force_not_quantize": True}  # latents are drawn as they are
 
-    def decode(z: Tensor) -> Tensor:
-        return autoencoder.decode(z.to(autoencoder.dtype), return_dict=False, **whole)[0]
+    def decode(z: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
+        """shape: of the latents of one picture, if z are tokens"""
+        looked_up = {} if shape is None else {"shape": (len(z), *shape)}
+        z = z if shape else z.to(autoencoder.dtype)
+        return autoencoder.decode(z, return_dict=False, **whole, **looked_up)[0]
 
     def encode(x: Tensor) -> Tensor:
         encoded = autoencoder.encode(x.to(autoencoder.dtype))
-        return encoded.latents if name == "movq" else encoded.latent_dist.parameters
+        return encoded.latent_dist.parameters if name == "vae" else encoded.latents
 
     return {
         f"{name}.decode": Net(f"{name}.decode", decode, buckets=(1, 2, 4, 8), width=8),
@@ -274,7 +277,8 @@ class Watched:
         scheduled = len(self.scheduler.timesteps)
         calls = getattr(self.pipeline, "_num_timesteps", scheduled)
         left_out = (scheduled - calls) // getattr(self.scheduler, "order", 1)
-        return samplers.steps_done(self.calls_done, calls, self.scheduler.num_inference_steps - left_out)
+        steps = getattr(self.scheduler, "num_inference_steps", None) or scheduled
+        return samplers.steps_done(self.calls_done, calls, steps - left_out)
 
     @property
     def step(self) -> Callable[..., Any]:
@@ -310,11 +314,12 @@ class Autoencoder(Proxy):
 
     def __init__(self, module: Any, nets: Mapping[str, Net], name: str, suspend: Suspend, scheduler: Watched | None):
         super().__init__(module, nets[f"{name}.decode"], suspend)
-        self.__dict__.update(encoder=nets[f"{name}.encode"], quantizes=name == "movq", scheduler=scheduler)
+        self.__dict__.update(encoder=nets[f"{name}.encode"], quantizes=name != "vae", scheduler=scheduler)
 
-    def decode(self, z: Tensor, return_dict: bool = True, **_: Any) -> Any:
+    def decode(self, z: Tensor, return_dict: bool = True, shape: tuple[int, ...] | None = None, **_: Any) -> Any:
         at = self.scheduler.position if self.scheduler else None
-        pixels = self.suspend(Call(self.net, {"z": z}, z.shape[0], at))
+        args = {"z": z} if shape is None else {"z": z, "shape": tuple(shape[1:])}
+        pixels = self.suspend(Call(self.net, args, z.shape[0], at))
         return DecoderOutput(sample=pixels) if return_dict else (pixels,)
 
     def encode(self, x: Tensor, return_dict: bool = True) -> Any:

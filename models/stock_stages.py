@@ -1,7 +1,8 @@
 """Systems that diffusers has as one pipeline after another, or as one with several denoisers; each unmodified.
 
-DeepFloyd IF (Imagen's heir), Kandinsky 2.2 and Karlo (unCLIP's), and DiT, which draws classes. They sample as their
-authors set them up: a request decides the steps, the guidance and the seed.
+DeepFloyd IF (Imagen's heir), Kandinsky 2.2 and Karlo (unCLIP's), DiT, which draws classes, aMUSEd, which draws tokens,
+and Stable Diffusion's upscaler. They sample as their authors set them up: a request decides the steps, the guidance and
+the seed.
 """
 
 import itertools
@@ -211,6 +212,58 @@ class DiT(Stages):
             class_labels=pipeline.get_label_ids([r.prompt]),
             num_inference_steps=r.num_inference_steps,
             guidance_scale=r.guidance_scale,
+            generator=generator(seed),
+            output_type="np",
+        )
+        return picture(output.images)
+
+
+class Upscaler(Stages):
+    """Stable Diffusion x4: a latent upscaler that is told what it looks at, and how much noise was put on it."""
+
+    NOISE_LEVEL = 20
+
+    def __init__(self, card: ModelCard, pipeline: Any, parts: Mapping[str, Any]):
+        super().__init__(card, {"whole": pipeline}, {"whole.unet": "base"}, "whole.vae.decode")
+        vae = pipeline.vae
+        self.colours = LatentColours.fit(
+            lambda x: vae.encode(x.to(vae.dtype)).latent_dist.mean * vae.config.scaling_factor, self.device
+        )
+
+    def draw(self, r: Parameters, seed: int, inputs: Inputs) -> Program:
+        assert inputs.image is not None, "upscaling takes a picture"
+        small = inputs.image.convert("RGB").resize((r.width // 4, r.height // 4), Image.Resampling.BOX)
+        output = yield from self.run(
+            "whole",
+            self.counting(r.num_inference_steps),
+            prompt=r.prompt,
+            negative_prompt=r.negative_prompt or None,
+            image=small,
+            noise_level=self.NOISE_LEVEL,
+            num_inference_steps=r.num_inference_steps,
+            guidance_scale=r.guidance_scale,
+            generator=generator(seed),
+            output_type="np",
+        )
+        return picture(output.images)
+
+
+class Amused(Stages):
+    """aMUSEd, after MUSE: tokens of a picture, all masked, of which each step settles the surest."""
+
+    def __init__(self, card: ModelCard, pipeline: Any, parts: Mapping[str, Any]):
+        super().__init__(card, {"whole": pipeline}, {"whole.transformer": "base"}, "whole.vqvae.decode")
+
+    def draw(self, r: Parameters, seed: int, inputs: Inputs) -> Program:
+        output = yield from self.run(
+            "whole",
+            self.counting(r.num_inference_steps),
+            prompt=r.prompt,
+            negative_prompt=r.negative_prompt or None,
+            num_inference_steps=r.num_inference_steps,
+            guidance_scale=r.guidance_scale,
+            width=r.width,
+            height=r.height,
             generator=generator(seed),
             output_type="np",
         )

@@ -19,6 +19,7 @@ from models.unclip import slerp
 from tests import tiny
 from tests.test_journal import resumed_with_the_same_bytes
 from tests.test_stable_diffusion import NOTHING, as_image, run_out, threads
+from workers.curve import warm_up
 from workers.engine import Engine, Pass
 
 ALL = {card.name: card for card in read_cards(CARDS)}
@@ -54,13 +55,18 @@ def model(name: str) -> Any:
         return FAMILIES["kandinsky"](brief(name, prior=3), decoder, {"prior": prior})
     if name == "karlo":
         return FAMILIES["karlo"](brief(name, prior=3, upsampler=4), double(tiny.karlo()), {})
-    return FAMILIES["dit"](brief(name), double(tiny.dit()), {})
+    own = {"dit": tiny.dit, "amused": tiny.amused, "sd-x4-upscaler": tiny.upscaler}[name]
+    return FAMILIES[ALL[name].family](brief(name), double(own()), {})
 
 
 def asked(name: str, **given: Any) -> Parameters:
     card = ALL[name]
     prompt = "goldfish" if card.classes else "a cat"
     defaults: dict[str, Any] = {"prompt": prompt, "width": 32, "height": 32, "num_inference_steps": 4, "seed": 0}
+    if name == "amused":
+        defaults |= {"width": 8, "height": 8}
+    if name == "sd-x4-upscaler":
+        defaults |= {"width": 64, "height": 64, "task": "upscale", "image": "given"}
     own = {"model": name, "guidance_scale": 3.0, "scheduler": card.defaults.scheduler}
     return Parameters.model_validate(defaults | own | given)
 
@@ -135,13 +141,51 @@ def dit(r: Parameters, inputs: Inputs) -> Tensor:
     return picture(output.images)
 
 
-BY_ITSELF = {"deepfloyd-if": deepfloyd, "kandinsky22": kandinsky, "karlo": karlo, "dit": dit}
+def amused(r: Parameters, inputs: Inputs) -> Tensor:
+    output = own_copy(model(r.model).pipelines["whole"])(
+        r.prompt,
+        num_inference_steps=r.num_inference_steps,
+        guidance_scale=r.guidance_scale,
+        height=8,
+        width=8,
+        generator=generator(r.seed),
+        output_type="np",
+    )
+    return picture(output.images)
+
+
+def upscaler(r: Parameters, inputs: Inputs) -> Tensor:
+    assert inputs.image is not None
+    output = own_copy(model(r.model).pipelines["whole"])(
+        r.prompt,
+        image=inputs.image.resize((16, 16), Image.Resampling.BOX),
+        noise_level=20,
+        num_inference_steps=r.num_inference_steps,
+        guidance_scale=r.guidance_scale,
+        generator=generator(r.seed),
+        output_type="np",
+    )
+    return picture(output.images)
+
+
+BY_ITSELF = {
+    "deepfloyd-if": deepfloyd,
+    "kandinsky22": kandinsky,
+    "karlo": karlo,
+    "dit": dit,
+    "amused": amused,
+    "sd-x4-upscaler": upscaler,
+}
+
+
+def beside(name: str) -> Inputs:
+    return Inputs(as_image(torch.rand(3, 64, 64, generator=generator(5)))) if name == "sd-x4-upscaler" else NOTHING
 
 
 def mixed(name: str) -> list[tuple[Parameters, Inputs]]:
     prompts = ["goldfish", "white shark"] if ALL[name].classes else ["a cat", "a red house by the sea"]
     return [
-        (asked(name, seed=i, prompt=prompts[i % 2], num_inference_steps=steps, guidance_scale=scale), NOTHING)
+        (asked(name, seed=i, prompt=prompts[i % 2], num_inference_steps=steps, guidance_scale=scale), beside(name))
         for i, (steps, scale) in enumerate([(4, 3.0), (6, 1.0), (3, 5.0)])
     ]
 
@@ -198,11 +242,13 @@ def test_kandinsky_does_more_than_draw_a_caption(task: str):
         ("kandinsky22", ["prior"] * 3 + ["base"] * 4),
         ("karlo", ["prior"] * 3 + ["base"] * 4 + ["upsampler"] * 4),
         ("dit", ["base"] * 4),
+        ("amused", ["base"] * 4),
+        ("sd-x4-upscaler", ["base"] * 4),
     ],
 )
 def test_progress_counts_through_all_stages(name: str, stages: list[str]):
     engine, told = Engine(), list[Any]()
-    ticket = engine.submit(model(name).draw(asked(name), 0, NOTHING))
+    ticket = engine.submit(model(name).draw(asked(name), 0, beside(name)))
     while engine:
         if ticket.call and ticket.call.at and ticket.call.net in model(name).stages:
             told.append((ticket.call.at, ticket.stage))
@@ -213,7 +259,18 @@ def test_progress_counts_through_all_stages(name: str, stages: list[str]):
 
 @pytest.mark.parametrize("name", BY_ITSELF)
 def test_it_goes_on_with_the_same_bytes_after_a_kill(name: str):
-    resumed_with_the_same_bytes(model(name), asked(name, reproducible=True))
+    resumed_with_the_same_bytes(model(name), asked(name, reproducible=True), beside(name))
+
+
+@pytest.mark.parametrize("name", BY_ITSELF)
+def test_it_is_measured_at_warm_up(name: str):
+    size = {"amused": 8, "sd-x4-upscaler": 64}.get(name, 32)
+    card = model(name).card
+    own = card.size.model_copy(update={"width": size, "height": size})
+    small = copy.copy(model(name))
+    small.card = card.model_copy(update={"size": own})
+    curves = warm_up(small, 2)
+    assert set(curves) == {small.denoiser, small.decoder}
 
 
 def test_words_that_are_not_seen_are_reported():

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 from diffusers import (
+    AmusedPipeline,
+    AmusedScheduler,
     AutoencoderKL,
     DDIMScheduler,
     DDPMScheduler,
@@ -23,11 +25,13 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    StableDiffusionUpscalePipeline,
     StableDiffusionXLPipeline,
     UnCLIPPipeline,
     UnCLIPScheduler,
     UNet2DConditionModel,
     UNet2DModel,
+    UVit2DModel,
     VQModel,
 )
 from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
@@ -172,6 +176,63 @@ def flux() -> DiffusionPipeline:
             text_encoder_2=t5(),
             tokenizer=clip_tokenizer(),
             tokenizer_2=t5_tokenizer(),
+        )
+    )
+
+
+def upscaler() -> DiffusionPipeline:
+    torch.manual_seed(0)
+    noise = {name: value for name, value in STABLE_DIFFUSION_NOISE.items() if name != "steps_offset"}
+    scheduler = DDIMScheduler(clip_sample=False, prediction_type="v_prediction", **STABLE_DIFFUSION_NOISE)
+    return quiet(
+        StableDiffusionUpscalePipeline(
+            vae=autoencoder(),
+            text_encoder=clip_text(),
+            tokenizer=clip_tokenizer(),
+            unet=unet(in_channels=7, cross_attention_dim=WIDTH, num_class_embeds=1000),
+            low_res_scheduler=DDPMScheduler(**noise),
+            scheduler=scheduler,
+            max_noise_level=350,
+        )
+    )
+
+
+def amused() -> DiffusionPipeline:
+    torch.manual_seed(0)
+    transformer = UVit2DModel(
+        hidden_size=WIDTH,
+        cond_embed_dim=WIDTH,
+        micro_cond_encode_dim=2,
+        micro_cond_embed_dim=10,
+        encoder_hidden_size=WIDTH,
+        vocab_size=32,
+        codebook_size=24,
+        in_channels=32,
+        block_out_channels=32,
+        num_res_blocks=1,
+        downsample=True,
+        upsample=True,
+        block_num_heads=1,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        intermediate_size=32,
+    ).eval()
+    tokens = VQModel(
+        block_out_channels=(32,),
+        latent_channels=32,
+        layers_per_block=2,
+        num_vq_embeddings=32,
+        sample_size=32,
+        mid_block_add_attention=False,
+        lookup_from_codebook=True,
+    ).eval()
+    return quiet(
+        AmusedPipeline(
+            transformer=transformer,
+            scheduler=AmusedScheduler(mask_token_id=31),
+            vqvae=tokens,
+            text_encoder=clip_text(CLIPTextModelWithProjection),
+            tokenizer=clip_tokenizer(),
         )
     )
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL import Image
 
 from app.schemas import Parameters
 from models.families import Resident
@@ -47,10 +48,11 @@ def warm_up(resident: Resident, max_rows: int) -> dict[Net, Curve]:
 def example_calls(resident: Resident) -> tuple[Call, Call]:
     """A denoising call with guidance and the decoding call of an ordinary picture."""
     card = resident.card
+    enlarges = "text-to-image" not in card.tasks
     request = Parameters.model_validate(
         {
             "model": card.name,
-            "task": "text-to-image",
+            "task": "upscale" if enlarges else "text-to-image",
             "prompt": next(iter(card.classes), "warming up"),
             "width": card.size.width,
             "height": card.size.height,
@@ -60,7 +62,8 @@ def example_calls(resident: Resident) -> tuple[Call, Call]:
             "seed": 0,
         }
     )
-    with closing(resident.draw(request, 0, Inputs())) as program:
+    given = Inputs(Image.new("RGB", (card.size.width, card.size.height), "gray") if enlarges else None)
+    with closing(resident.draw(request, 0, given)) as program:
         call = run_until(program, program.send(None), resident.denoiser)
         return call, run_until(program, call, resident.decoder)
 
