@@ -5,7 +5,8 @@ Only safetensors are read: a pickle runs whatever code its author put into it.
 
 import inspect
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Generator, Iterable
+from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -16,7 +17,7 @@ from diffusers import DiffusionPipeline, PriorTransformer, UNet2DConditionModel,
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from httpx2 import HTTPError
 from huggingface_hub import get_cached_repo_tree, snapshot_download
-from huggingface_hub.errors import CachedRepoTreeNotFoundError
+from huggingface_hub.errors import CachedRepoTreeNotFoundError, GatedRepoError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoTokenizer
@@ -57,7 +58,7 @@ def load_pipeline(card: ModelCard, device: str) -> DiffusionPipeline | None:
         ModelUnavailable: the message names the card and the source.
     """
     dtype = getattr(torch, card.dtype.cpu if torch.device(device).type == "cpu" else card.dtype.cuda)
-    try:
+    with reading(card, repr(card.source)):
         match card.source:
             case Folder(place=folder):
                 pipeline = from_folder(folder, dtype)
@@ -67,11 +68,21 @@ def load_pipeline(card: ModelCard, device: str) -> DiffusionPipeline | None:
                 pipeline = from_folder(download(hub), dtype, hub.variant)
             case Parts():
                 return None
+        return ready(pipeline, device)
+
+
+@contextmanager
+def reading(card: ModelCard, what: str) -> Generator[None]:
+    """What goes wrong meanwhile is the card's misfortune, and says of what."""
+    try:
+        yield
     except UnsafeWeights:
         raise
+    except GatedRepoError as error:
+        accept = f"accept {card.licence} ({card.licence_url}) on the hub, and set HF_TOKEN"
+        raise ModelUnavailable(f"{card.name}: {what} is gated: {accept}") from error
     except UNREADABLE as error:
-        raise ModelUnavailable(f"{card.name}: cannot load {card.source!r}: {error}") from error
-    return ready(pipeline, device)
+        raise ModelUnavailable(f"{card.name}: cannot load {what}: {error}") from error
 
 
 def ready(pipeline: Any, device: str) -> Any:
@@ -103,12 +114,8 @@ def load_parts(card: ModelCard, device: str) -> dict[str, Any]:
     dtype = getattr(torch, card.dtype.cpu if torch.device(device).type == "cpu" else card.dtype.cuda)
     parts: dict[str, Any] = {}
     for name, path in card.parts.items():
-        try:
+        with reading(card, f"its {name} from {path}"):
             parts[name] = load_part(name, folder_of(path), dtype, device)
-        except UnsafeWeights:
-            raise
-        except UNREADABLE as error:
-            raise ModelUnavailable(f"{card.name}: cannot load its {name} from {path}: {error}") from error
     return parts
 
 

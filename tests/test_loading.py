@@ -20,7 +20,7 @@ from torch import Tensor
 
 from models.catalog import Catalog, Dtype, Folder, Hub, ModelCard, SingleFile
 from models.guided import modules_of
-from models.loading import ModelUnavailable, UnsafeWeights, load_pipeline, resident_bytes
+from models.loading import ModelUnavailable, UnsafeWeights, load_parts, load_pipeline, resident_bytes
 from tests import tiny
 
 
@@ -203,6 +203,23 @@ def test_a_hub_that_cannot_be_reached_makes_the_model_unavailable(hub: "FakeHub"
         process.submit(load_and_draw, card).result()
 
 
+def test_a_gated_repository_says_which_licence_is_to_be_accepted(
+    hub: "FakeHub", process: ProcessPoolExecutor, saved: Path
+):
+    hub.publish("someone/tiny", "main", saved)
+    hub.gated = True
+    with pytest.raises(
+        ModelUnavailable, match=r"tiny: .*someone/tiny.* is gated: accept CC-BY-4.0 .*, and set HF_TOKEN"
+    ):
+        process.submit(load_and_draw, hub_card("someone/tiny", "main")).result()
+
+
+def test_a_part_may_be_a_pipeline_of_the_hub(hub: "FakeHub", process: ProcessPoolExecutor, saved: Path):
+    hub.publish("someone/tiny", "main", saved)
+    card = hub_card("someone/other", "main").model_copy(update={"parts": {"prior": "hub:someone/tiny@main"}})
+    assert process.submit(names_of_parts, card).result() == {"prior": "StableDiffusionPipeline"}
+
+
 def test_a_repository_of_pickles_is_refused_before_they_are_fetched(
     hub: "FakeHub", process: ProcessPoolExecutor, saved: Path, tmp_path: Path
 ):
@@ -221,6 +238,7 @@ class FakeHub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), FakeHubHandler)
         self.folders: dict[tuple[str, str], Path] = {}  # by repository, and revision or commit
         self.asked: list[str] = []
+        self.gated = False
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -258,6 +276,9 @@ class FakeHubHandler(BaseHTTPRequestHandler):
             parts["model"] or parts["listed"] or parts["repository"],
             parts["revision"] or parts["at"] or parts["commit"],
         )
+        if hub.gated:
+            self.answer(403, b"", {"X-Error-Code": "GatedRepo"})
+            return
         if key not in hub.folders:
             self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
             return
@@ -316,6 +337,10 @@ def process(hub: FakeHub) -> Iterator[ProcessPoolExecutor]:
 
 def load_and_draw(card: ModelCard) -> np.ndarray:
     return draw(load_pipeline(card, "cpu"))
+
+
+def names_of_parts(card: ModelCard) -> dict[str, str]:
+    return {name: type(part).__name__ for name, part in load_parts(card, "cpu").items()}
 
 
 def draw(pipeline: Any) -> np.ndarray:
