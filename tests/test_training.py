@@ -61,6 +61,7 @@ def run(main: Callable[[], None], monkeypatch: pytest.MonkeyPatch, *arguments: o
     monkeypatch.setattr(sys, "argv", ["train", *map(str, arguments), "--threads", "1"])
     with threads(torch.get_num_threads()):
         main()
+    torch.set_default_device(None)
 
 
 def test_a_scene_is_drawn_where_its_caption_says(data: Path):

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, pixel_shuffle, pixel_unshuffle
 
 from models.catalog import WEIGHTS
 from models.training.encode import Encoders, read
-from models.training.running import Run, options
+from models.training.running import Run, alphas_of, in_half, options
 
 BATCH = 24
 LEARNING_RATE = 4e-4
@@ -113,18 +113,18 @@ def main() -> None:
         model = UNet2DConditionModel.from_pretrained(given.begin, torch_dtype=torch.float32)
     else:
         model = begin_glide(pixels)
-    scheduler: Any = DDIMScheduler.from_pretrained(WEIGHTS / "emoji-sd" / "scheduler")
+    alphas_cumprod = alphas_of("emoji-sd/scheduler")
     run = Run(given.model, model.train(), LEARNING_RATE, given, decay=0.999)
     for rows in run.batches(len(pixels), BATCH):
         x0 = small(pixels[rows])
-        sample, timestep, weight = noised(x0, scheduler.alphas_cumprod)
+        sample, timestep, weight = noised(x0, alphas_cumprod)
         kept = torch.rand(BATCH, 1, 1) > DROPPED
         context = torch.where(kept, told[rows].float(), nothing)
         seen = [pixel_unshuffle(sample, PATCH)]
         if glide:
             hole = holes(BATCH)
             seen += [pixel_unshuffle(x0 * (1 - hole), PATCH), pixel_unshuffle(hole, PATCH)]
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with in_half():
             guess = model(torch.cat(seen, 1), timestep, encoder_hidden_states=context, return_dict=False)[0]
         error = (pixel_shuffle(guess.float(), PATCH) - x0).square().mean((1, 2, 3))
         run.step((error * weight).mean(), unweighted=error.detach().mean())

@@ -5,16 +5,14 @@
 Only the projection of the embedding to tokens is trained; the denoiser stays emoji-sd's own, and is not shipped twice.
 """
 
-from typing import Any
-
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel
 
 from models.catalog import WEIGHTS
 from models.training.encode import Encoders, read
-from models.training.running import Run, options
+from models.training.running import Run, alphas_of, in_half, options
 from models.unclip import ImageProjection, of_variance_one
 
 BATCH = 24
@@ -48,7 +46,8 @@ def main() -> None:
     image = of_variance_one(image.float())
     folder = WEIGHTS / "emoji-sd"
     unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32).requires_grad_(False)
-    scheduler: Any = DDIMScheduler.from_pretrained(folder / "scheduler")
+    unet.to(given.device)
+    alphas_cumprod = alphas_of("emoji-sd/scheduler")
     model = ImageProjection()
     nothing = contexts_of(Encoders().tokens([""]))[0]
     model.nothing.data.copy_(nothing.float())
@@ -59,11 +58,11 @@ def main() -> None:
     for rows in run.batches(len(latents), BATCH):
         z = latents[rows].float()
         timestep = ((torch.arange(BATCH) + torch.rand(BATCH)) / BATCH * 1000).long().clamp(max=999)  # stratified
-        alpha_bar = scheduler.alphas_cumprod[timestep].view(-1, 1, 1, 1)
+        alpha_bar = alphas_cumprod[timestep].view(-1, 1, 1, 1)
         noise = torch.randn_like(z)
         noised = alpha_bar.sqrt() * z + (1 - alpha_bar).sqrt() * noise
         velocity = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * z
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with in_half():
             told = model(image[rows])
             guess = unet(noised, timestep, encoder_hidden_states=told, return_dict=False)[0]
         snr = (alpha_bar / (1 - alpha_bar)).view(-1)

@@ -33,18 +33,18 @@ class Encoders:
         self.tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "emoji-clip")
         # bfloat16 is twice as fast on processors that have it, and its error is below the posterior's own spread
         self.vae: Any = AutoencoderKL.from_pretrained(WEIGHTS / "emoji-sd" / "vae", torch_dtype=torch.bfloat16).eval()
-
-        self.prompt: Any = CLIPTextModel.from_pretrained(
-            WEIGHTS / "emoji-sd" / "text_encoder", dtype=torch.float32
-        ).eval()
+        prompt = WEIGHTS / "emoji-sd" / "text_encoder"
+        self.prompt: Any = CLIPTextModel.from_pretrained(prompt, dtype=torch.float32).eval()
         language = place_of(LANGUAGE_MODEL)
         self.language: Any = BertModel.from_pretrained(language, dtype=torch.float32, add_pooling_layer=False).eval()
         self.words: Any = AutoTokenizer.from_pretrained(language)
+        for model in (self.clip, self.vae, self.prompt, self.language):
+            model.to(torch.get_default_device())
 
     def tokens(self, captions: list[str]) -> Tensor:
         return self.tokenizer(
             captions, padding="max_length", max_length=32, truncation=True, return_tensors="pt"
-        ).input_ids
+        ).input_ids.to(self.clip.device)
 
     @torch.no_grad()
     def text(self, captions: list[str]) -> Tensor:
@@ -73,6 +73,7 @@ class Encoders:
         told = self.words(
             captions, padding="max_length", max_length=LANGUAGE_TOKENS, truncation=True, return_tensors="pt"
         )
+        told = told.to(self.language.device)
         return self.language(**told).last_hidden_state * told.attention_mask[..., None]
 
     @torch.no_grad()
@@ -114,7 +115,7 @@ def encode(
 def read(work: Path, *names: str) -> list[Tensor]:
     """All scenes of the shards that have what is asked for."""
     shards = [shard for path in sorted(work.glob("*.safetensors")) if names[0] in (shard := load_file(path))]
-    return [torch.cat([shard[name] for shard in shards]) for name in names]
+    return [torch.cat([shard[name] for shard in shards]).to(torch.get_default_device()) for name in names]
 
 
 def main() -> None:

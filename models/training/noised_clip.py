@@ -9,17 +9,14 @@ the encoded scenes (models.training.encode) and the state it goes on from.
 
 import argparse
 import math
-from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor
 
-from models.catalog import WEIGHTS
 from models.noised_clip import NoisedCLIP
 from models.training.base import small
 from models.training.encode import Encoders, read
-from models.training.running import Run, options
+from models.training.running import Run, alphas_of, in_half, options
 
 BATCH = 128
 LEARNING_RATE = 4e-4
@@ -67,7 +64,7 @@ def noised(latents: Tensor, timestep: Tensor, alphas_cumprod: Tensor) -> Tensor:
 def loss_of(model: NoisedCLIP, latents: Tensor, text: Tensor, alphas_cumprod: Tensor) -> tuple[Tensor, Tensor]:
     """Contrastive, over the captions of the batch; and how often the right one comes first, at low and high noise."""
     timestep = torch.randint(len(alphas_cumprod), (len(latents),))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with in_half():
         seen = model(noised(latents, timestep, alphas_cumprod), timestep)
     logits = seen.float() @ text.T
     found = (logits.argmax(1) == torch.arange(len(logits))).float()
@@ -79,12 +76,12 @@ def main() -> None:
     parser.add_argument("--pixels", action="store_true", help="the noise lies on pixels, not on latents")
     given = options(__doc__, parser)
     pictures, text = read(given.work, "pixels" if given.pixels else "latents", "text")
-    scheduler: Any = DDIMScheduler.from_pretrained(WEIGHTS / "emoji-sd" / "scheduler")
+    alphas_cumprod = alphas_of("emoji-sd/scheduler")
     model = begin_with_pixels() if given.pixels else begin(pictures)
     run = Run("noised-clip-pixels" if given.pixels else "noised-clip", model, LEARNING_RATE, given)
     for rows in run.batches(len(pictures), BATCH):
         clean = small(pictures[rows]) if given.pixels else pictures[rows].float()
-        loss, found = loss_of(model, clean, text[rows].float(), scheduler.alphas_cumprod)
+        loss, found = loss_of(model, clean, text[rows].float(), alphas_cumprod)
         run.step(loss, first=found.mean())
     run.save(given.out)
 

@@ -7,7 +7,7 @@ import torch
 from diffusers import DDIMScheduler, PriorTransformer
 
 from models.training.encode import read
-from models.training.running import Run, options
+from models.training.running import Run, in_half, options
 from models.unclip import PRIOR_SCHEDULER, of_variance_one
 
 BATCH = 512
@@ -36,14 +36,14 @@ def begin() -> PriorTransformer:
 def main() -> None:
     given = options(__doc__)
     image, text = (of_variance_one(x.float()) for x in read(given.work, "image", "text"))
-    alphas_cumprod = DDIMScheduler(**PRIOR_SCHEDULER).alphas_cumprod
+    alphas_cumprod = DDIMScheduler(**PRIOR_SCHEDULER).alphas_cumprod.to(given.device)
     run = Run("prior", model := begin(), LEARNING_RATE, given, decay=0.999)
     for rows in run.batches(len(image), BATCH):
         caption = text[rows] * (torch.rand(BATCH, 1) > DROPPED)
         timestep = torch.randint(1000, (BATCH,))
         alpha_bar = alphas_cumprod[timestep][:, None]
         noised = alpha_bar.sqrt() * image[rows] + (1 - alpha_bar).sqrt() * torch.randn(BATCH, WIDTH)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with in_half():
             guess = model(noised, timestep, proj_embedding=caption).predicted_image_embedding
         run.step((guess.float() - image[rows]).square().mean())
     run.save(given.out)

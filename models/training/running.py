@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import DDIMScheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor
+
+from models.catalog import WEIGHTS
 
 REPORT_EVERY = 20.0  # seconds
 WARM_UP = 0.03  # of the run
@@ -25,14 +28,26 @@ def options(about: str | None, *more: argparse.ArgumentParser) -> argparse.Names
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
+    torch.set_default_device(given.device)
     return given
+
+
+def alphas_of(scheduler: str) -> Tensor:
+    """ᾱ of the noise schedule that the shipped models share, [1000]."""
+    stock: Any = DDIMScheduler.from_pretrained(WEIGHTS / scheduler)
+    return stock.alphas_cumprod.to(torch.get_default_device())
+
+
+def in_half() -> Any:
+    """Arithmetic in bfloat16, on whatever device this run has."""
+    return torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16)
 
 
 class Run:
     """AdamW with a cosine schedule over wall-clock time, and an exponential moving average of the weights."""
 
     def __init__(self, name: str, model: Any, learning_rate: float, given: argparse.Namespace, decay: float = 0.995):
-        self.model, self.learning_rate = model, learning_rate
+        self.model, self.learning_rate = model.to(given.device), learning_rate
         self.state_path = given.work / f"{name}.state.pt"
         self.minutes, self.planned = given.minutes, given.of or given.minutes
         self.parameters = [p for p in model.parameters() if p.requires_grad]
@@ -41,7 +56,7 @@ class Run:
         self.spent, self.steps, self.began, self.reported = 0.0, 0, time.monotonic(), 0.0
         self.shown: dict[str, float] = {}
         if self.state_path.exists():
-            state = torch.load(self.state_path, weights_only=True)
+            state = torch.load(self.state_path, weights_only=True, map_location=given.device)
             for parameter, value in zip(self.parameters, state["parameters"], strict=True):
                 parameter.data.copy_(value)
             self.optimizer.load_state_dict(state["optimizer"])

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, UNet2DModel
+from diffusers import UNet2DModel
 from torch import Tensor
 from torch.nn.functional import interpolate, pixel_shuffle, pixel_unshuffle
 
-from models.catalog import WEIGHTS
 from models.training.base import PATCH, noised, small
 from models.training.encode import read
-from models.training.running import Run, options
+from models.training.running import Run, alphas_of, in_half, options
 
 BATCH = 24
 LEARNING_RATE = 1e-3
@@ -56,17 +55,17 @@ def main() -> None:
     parser.add_argument("--begin", type=Path, help="a trained model to begin with")
     given = options(__doc__, parser)
     (pixels,) = read(given.work, "pixels")
-    scheduler: Any = DDIMScheduler.from_pretrained(WEIGHTS / "emoji-sd" / "scheduler")
+    alphas_cumprod = alphas_of("emoji-sd/scheduler")
     model: Any = UNet2DModel.from_pretrained(given.begin, torch_dtype=torch.float32) if given.begin else begin()
     run = Run("upsampler", model, LEARNING_RATE, given, decay=0.999)
     for rows in run.batches(len(pixels), BATCH):
         x0, low = windows(pixels[rows])
-        sample, timestep, weight = noised(x0, scheduler.alphas_cumprod)
+        sample, timestep, weight = noised(x0, alphas_cumprod)
         level = torch.randint(0, NOISIEST, (BATCH,))
-        alpha_bar = scheduler.alphas_cumprod[level].view(-1, 1, 1, 1)
+        alpha_bar = alphas_cumprod[level].view(-1, 1, 1, 1)
         low = alpha_bar.sqrt() * low + (1 - alpha_bar).sqrt() * torch.randn_like(low)
         seen = torch.cat([pixel_unshuffle(sample, PATCH), pixel_unshuffle(low, PATCH)], 1)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        with in_half():
             guess = model(seen, timestep, class_labels=level, return_dict=False)[0]
         error = (pixel_shuffle(guess.float(), PATCH) - x0).square().mean((1, 2, 3))
         run.step((error * weight).mean(), unweighted=error.detach().mean())
