@@ -129,7 +129,7 @@ def parameters_text(parameters: Parameters, seed: int) -> str:
         "Version": f"Darkroom {VERSION}",
     }
     facts |= {f"Guidance {name}": getattr(parameters.guidance, name) for name in parameters.guidance.asked}
-    lines = [parameters.prompt]
+    lines = [" ".join([parameters.prompt, *(f"<lora:{lora.name}:{lora.scale:g}>" for lora in parameters.loras)])]
     if parameters.negative_prompt:
         lines.append(f"Negative prompt: {parameters.negative_prompt}")
     lines.append(", ".join(f"{name}: {_quoted(str(fact))}" for name, fact in facts.items() if fact is not None))

@@ -74,6 +74,15 @@ class Guidance(BaseModel, frozen=True):
         ]
 
 
+class Lora(BaseModel, frozen=True):
+    """An adapter of the model, and how much of it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    name: Name = Field(description="One that the model lists.")
+    scale: float = Field(default=1.0, ge=-4, le=4)
+
+
 class GenerationRequest(BaseModel, frozen=True):
     """A picture, or `n` of them, to be made. Unset numbers take the model's defaults (`GET /v1/models`)."""
 
@@ -105,6 +114,7 @@ class GenerationRequest(BaseModel, frozen=True):
     )
     end_image: str | None = Field(None, description="Interpolation: the picture at the other end.")
     mix: float | None = Field(None, ge=0, le=1, description="Where between the two ends: 0 is the first. 0.5 if unset.")
+    loras: list[Lora] = Field(default=[], max_length=4, description="LoRA adapters to draw with, each once.")
     output_format: OutputFormat = "png"
     preview_every: int | None = Field(None, ge=1, description="Publish a preview after every so many steps.")
     reproducible: bool = Field(False, description="Same seed, same bytes, whatever else the worker is doing.")
@@ -156,6 +166,10 @@ class GenerationRequest(BaseModel, frozen=True):
                     yield prompt, f"interpolate needs either `{prompt}` or `{image}`"
         if kind == "variation" and self.end_prompt is not None and self.prompt is None:
             yield "prompt", "a variation moves as `end_prompt` differs from `prompt`"
+        names = [lora.name for lora in self.loras]
+        for i, name in enumerate(names):
+            if name in names[:i]:
+                yield f"loras.{i}.name", f"{name} is there already"
         if self.guidance.clip and self.guidance.classifier:
             yield "guidance.clip", "steers instead of `guidance.classifier`: give one of the two"
 
@@ -265,6 +279,7 @@ class Model(BaseModel):
     tasks: list[Task]
     guidance: list[Guide]
     classes: list[str] = Field([], description="What a class-conditional model draws: its prompts are these.")
+    loras: list[str] = Field([], description="LoRA adapters, by the names that requests call them.")
     size: Size
     limits: ModelLimits
     defaults: ModelDefaults

@@ -101,6 +101,7 @@ class ModelCard(Strict):
     guidance: list[Guide] = ["classifier_free"]
     classes: list[str] = []  # of a class-conditional model, which draws nothing else
     parts: dict[str, str] = {}  # what it has beside the source, by name: `place_of` one, or `hub:repository@revision`
+    loras: dict[str, str] = {}  # adapters that requests may ask for: places as of `parts`
     stages: dict[str, Stage] = {}  # beside the one that a request decides: unCLIP's prior, a cascade's upsampler
     size: Size
     limits: ModelLimits
@@ -121,7 +122,8 @@ class ModelCard(Strict):
 
     def public(self) -> Model:
         """The part of the card that clients see."""
-        return Model.model_validate({name: getattr(self, name) for name in Model.model_fields})
+        shown = {name: getattr(self, name) for name in Model.model_fields}
+        return Model.model_validate(shown | {"loras": list(self.loras)})
 
     def problems(self, request: GenerationRequest) -> Iterator[tuple[str, str]]:
         """What this model cannot do of a request: (field, what is wrong)."""
@@ -129,6 +131,9 @@ class ModelCard(Strict):
         yield from request.problems()
         if request.kind not in self.tasks:
             yield self._what_made_it(request), f"{self.name} does not do {request.kind}"
+        for i, lora in enumerate(request.loras):
+            if lora.name not in self.loras:
+                yield f"loras.{i}.name", f"{self.name} has no {lora.name!r}; it has {', '.join(self.loras) or 'none'}"
         for guide in request.guidance.asked:
             if guide not in self.guidance:
                 yield f"guidance.{guide}", f"{self.name} has none; it has {', '.join(self.guidance)}"

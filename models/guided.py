@@ -86,7 +86,11 @@ class Guided:
     def conditioning(self, r: Parameters) -> Generator[Call, Any, Tensor]:
         """What the denoiser is told: [rows, tokens, width], the unconditional row first if there is one."""
         texts = [r.negative_prompt, r.prompt] if r.guidance_scale > 1 else [r.prompt]
-        return (yield Call(self.text_encoder, {"input_ids": self.tokens(texts)}, len(texts)))
+        return (yield Call(self.dressed(self.text_encoder, r), {"input_ids": self.tokens(texts)}, len(texts)))
+
+    def dressed(self, net: Net, r: Parameters) -> Net:
+        """The net with the adapters that the request asks for; a family without them has no other."""
+        return net
 
     # -- what programs start from
 

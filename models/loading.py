@@ -68,7 +68,33 @@ def load_pipeline(card: ModelCard, device: str) -> DiffusionPipeline | None:
                 pipeline = from_folder(download(hub), dtype, hub.variant)
             case Parts():
                 return None
-        return ready(pipeline, device)
+    for name, place in card.loras.items():
+        with reading(card, f"its LoRA {name} from {place}"):
+            pipeline.load_lora_weights(adapter_file(place), adapter_name=name)
+    return ready(pipeline, device)
+
+
+def adapter_file(place: str) -> Path:
+    """The only `.safetensors` file of a folder, or the file itself.
+
+    Raises:
+        UnsafeWeights: there are only pickles.
+        FileNotFoundError: there is none, or which of several is meant is anybody's guess.
+    """
+    path = adapter_folder(place)
+    files = [path] if path.suffix == ".safetensors" else sorted(path.glob("*.safetensors"))
+    if not files and path.is_dir():
+        refuse_pickles(path, files_in(path), {})
+    if len(files) != 1 or not files[0].is_file():
+        raise FileNotFoundError(f"{path} is not one .safetensors file, nor a folder with one")
+    return files[0]
+
+
+def adapter_folder(place: str) -> Path:
+    if not place.startswith("hub:"):
+        return place_of(place)
+    repository, _, revision = place.removeprefix("hub:").partition("@")
+    return Path(snapshot_download(repository, revision=revision or "main", allow_patterns=["*.safetensors"]))
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from app.schemas import Parameters
 from models import guidance, samplers
 from models.catalog import ModelCard
 from models.guided import Guided, hole_of, modules_of, skipped_steps
+from models.lora import Wardrobe
 from models.preview import LatentColours
 from models.program import Call, Inputs, Net, Program, generator
 from models.sampling import Span, denoised, moved
@@ -30,13 +31,19 @@ class StableDiffusion(Guided):
     def __init__(self, card: ModelCard, pipeline: Any, parts: Mapping[str, Any] = NO_PARTS):
         super().__init__(card, pipeline.tokenizer, pipeline.unet, parts)
         self.pipeline = pipeline
+        self.wardrobe = Wardrobe(pipeline, card.loras)
+        self.text_encoder.run = self.wardrobe.wearing((), self.encode_text)
         self.modules = modules_of([*pipeline.components.values(), *parts.values()])
         self.scheduler_config = samplers.frozen_config(pipeline.scheduler)
         self.scaling = pipeline.vae.config.scaling_factor
         self.channels = pipeline.vae.config.latent_channels
         self.inpaints_by_blending = pipeline.unet.config.in_channels == self.channels
         self.denoiser = Net(
-            "denoise", self.denoise, buckets=self.buckets, reproducible_rows=card.reproducible_rows, journaled=True
+            "denoise",
+            self.wardrobe.wearing((), self.denoise),
+            buckets=self.buckets,
+            reproducible_rows=card.reproducible_rows,
+            journaled=True,
         )
         self.image_encoder = Net("encode_image", self.encode_image, width=1)
         self.decoder = Net("decode", self.decode, buckets=(1, 2, 4, 8), width=8)
@@ -137,13 +144,16 @@ class StableDiffusion(Guided):
 
         told = self.told(r, calls, context, **({} if extra is None else {"extra": extra}))
         span = Span(before, steps, before + steps)
-        x = yield from denoised(self.denoiser, sampler, x, rng, told, span, steering, settled)
+        x = yield from denoised(self.dressed(self.denoiser, r), sampler, x, rng, told, span, steering, settled)
         picture = yield Call(self.decoder, {"latents": x}, 1, (before + steps, before + steps))
         return picture[0].cpu()
 
     def conditioned(self, r: Parameters, inputs: Inputs, seed: int) -> Generator[Call, Any, Tensor]:
         """What the denoiser is told, as of `conditioning`; a family may have more to go by than prompts."""
         return (yield from self.conditioning(r))
+
+    def dressed(self, net: Net, r: Parameters) -> Net:
+        return self.wardrobe.dressed(net, tuple((lora.name, lora.scale) for lora in r.loras))
 
     def steps_before(self, r: Parameters) -> int:
         """Steps of the stages before this one."""
