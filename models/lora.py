@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import lru_cache, wraps
 from typing import Any
 
+from app.schemas import Parameters
 from models.program import Net
 
 Worn = tuple[tuple[str, float], ...]
@@ -30,12 +31,16 @@ class Wardrobe:
         """The net with these adapters on; the same one for the same set, and the net itself for none."""
         return replace(net, run=self.wearing(worn, inspect.unwrap(net.run))) if worn else net
 
+    def asked(self, r: Parameters, net: Net) -> Net:
+        """The net with what the request wants to wear."""
+        return self.dressed(net, tuple((lora.name, lora.scale) for lora in r.loras))
+
     def wearing(self, worn: Worn, run: Callable[..., Any]) -> Callable[..., Any]:
         """What runs with these on. Nets that adapters change begin with `wearing((), …)`."""
         if self.empty:
             return run
 
-        @wraps(run)
+        @wraps(run, updated=())
         def dressed(**arguments: Any) -> Any:
             self.wear(worn)
             return run(**arguments)

@@ -153,7 +153,7 @@ class StableDiffusion(Guided):
         return (yield from self.conditioning(r))
 
     def dressed(self, net: Net, r: Parameters) -> Net:
-        return self.wardrobe.dressed(net, tuple((lora.name, lora.scale) for lora in r.loras))
+        return self.wardrobe.asked(r, net)
 
     def steps_before(self, r: Parameters) -> int:
         """Steps of the stages before this one."""

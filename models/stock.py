@@ -27,6 +27,7 @@ from app.schemas import Parameters, Task
 from models import samplers
 from models.catalog import ModelCard
 from models.guided import modules_of, unseen
+from models.lora import Wardrobe
 from models.preview import LatentColours
 from models.program import BUCKETS, Call, Inputs, Net, Program, generator
 from models.stable_diffusion import NO_PARTS
@@ -57,7 +58,9 @@ class StockPipelines:
         if pipeline.vae.config.force_upcast and pipeline.vae.dtype == torch.float16:
             pipeline.vae.to(torch.float32)  # each request would otherwise do so and undo it, under the others' feet
         self.scheduler_config = samplers.frozen_config(pipeline.scheduler)
-        self.nets = nets(pipeline, card)
+        self.nets, self.wardrobe = nets(pipeline, card), Wardrobe(pipeline, card.loras)
+        for net in self.nets.values():
+            net.run = self.wardrobe.wearing((), net.run)
         self.denoiser = next(self.nets[name] for name in DENOISERS if name in self.nets)
         self.decoder = self.nets["vae.decode"]
         self.device = self.pipeline.device
@@ -86,7 +89,8 @@ class StockPipelines:
             name: value for name, value in offered.items() if name in takes and value is not None
         }
         scheduler = samplers.scheduler(r.scheduler, self.scheduler_config)
-        output = yield from stock(pipeline, self.nets, scheduler, **arguments)
+        nets = {name: self.wardrobe.asked(r, net) for name, net in self.nets.items()}
+        output = yield from stock(pipeline, nets, scheduler, **arguments)
         return output.images[0].float().cpu()
 
     def warnings(self, r: Parameters) -> list[str]:

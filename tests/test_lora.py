@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor
@@ -19,6 +19,7 @@ from models.catalog import Catalog, Folder, ModelCard
 from models.loading import ModelUnavailable, UnsafeWeights, load_pipeline
 from models.program import generator
 from models.stable_diffusion import StableDiffusion
+from models.stock import StockPipelines
 from tests import tiny
 from tests.test_journal import resumed_with_the_same_bytes
 from tests.test_stable_diffusion import NOTHING, alone, run_out, threads
@@ -77,7 +78,7 @@ def asked(**given: Any) -> Parameters:
     return asked_of_sd(**small | given)
 
 
-def stock(model: StableDiffusion, r: Parameters) -> Tensor:
+def stock(model: StableDiffusion | StockPipelines, r: Parameters) -> Tensor:
     """By diffusers alone."""
     pipeline = copy.copy(model.pipeline)
     pipeline.__dict__["scheduler"] = samplers.scheduler(r.scheduler, model.scheduler_config)
@@ -96,6 +97,22 @@ def stock(model: StableDiffusion, r: Parameters) -> Tensor:
 def test_the_stock_pipeline_draws_the_same_with_the_same_adapters(model: StableDiffusion, loras: list[Any]):
     r = asked(loras=loras)
     assert (alone(model, r) - stock(model, r)).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("loras", SETS[:3], ids=["none", "one", "a third of it"])
+def test_so_does_a_stock_program(tmp_path: Path, loras: list[Any]):
+    pipeline: Any = tiny.sdxl()
+    tiny.save(pipeline, tmp_path / "model")
+    StableDiffusionXLPipeline.save_lora_weights(
+        tmp_path / "ink", unet_lora_layers=layers_of(pipeline.unet, "ink", ["to_q", "to_v"])
+    )
+    card = card_of(tmp_path, ink=str(tmp_path / "ink")).model_copy(update={"tasks": ["text-to-image"]})
+    model = StockPipelines(card, load_pipeline(card, "cpu"))
+    other, r = asked(seed=5, scheduler="euler"), asked(loras=loras, scheduler="euler")
+    engine = Engine()
+    tickets = [engine.submit(model.draw(one, one.seed, NOTHING)) for one in (other, r)]
+    run_out(engine, *tickets)
+    assert (tickets[1].result - stock(model, r)).abs().max() <= TOLERANCE
 
 
 def test_each_draws_with_its_own_in_any_company(model: StableDiffusion):
