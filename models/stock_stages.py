@@ -39,6 +39,9 @@ class Stages:
         self.modules = list(dict.fromkeys(modules_of(c for p in pipelines.values() for c in p.components.values())))
         self.nets = {name: nets(pipeline, card) for name, pipeline in pipelines.items()}
         found = {f"{name}.{component}": net for name, own in self.nets.items() for component, net in own.items()}
+        if len(pipelines) > 1:
+            for name, net in found.items():
+                net.name = name  # two may have a unet each
         self.stages = {found[name]: stage for name, stage in stages.items()}
         self.denoiser = next(net for net, stage in self.stages.items() if stage == "base")
         self.decoder = found[decoder]

@@ -273,6 +273,12 @@ def test_it_is_measured_at_warm_up(name: str):
     assert set(curves) == {small.denoiser, small.decoder}
 
 
+def test_nets_of_several_pipelines_are_told_apart_in_metrics():
+    names = [net.name for name in BY_ITSELF for net in (model(name).denoiser, model(name).decoder)]
+    assert names[:4] == ["base.unet", "upsampler.unet", "decoder.unet", "decoder.movq.decode"]
+    assert len(set(names[4:6])) == 2
+
+
 def test_words_that_are_not_seen_are_reported():
     long = asked("karlo", prompt="x" * 200)
     assert "prompt is cut" in model("karlo").warnings(long)[0]
