@@ -48,7 +48,6 @@ class Settings(BaseSettings):
         "emoji-unclip",
         "emoji-classes",
         "emoji-glide",
-        "emoji-imagen",
     )
     pinned_models: Names = ()  # never leave memory, whatever else is asked for
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")  # auto: cuda where there is one, else cpu

@@ -30,6 +30,8 @@ AUGMENTATION = 60  # timestep of the noise on the small picture: Ho et al. 2021,
 
 
 class Cascade(Guided):
+    """One resident model of two networks; its `decoder`, to those who measure, is the one that enlarges."""
+
     def __init__(self, card: ModelCard, pipeline: Any, parts: Mapping[str, Any]):
         self.base, self.enlarger = parts["base"], parts["upsampler"]
         super().__init__(card, parts["tokenizer"], self.base, parts)
@@ -176,7 +178,9 @@ class Cascade(Guided):
     def known(self, image: Tensor | None, hole: Tensor | None) -> Tensor:
         """[1, 4, h, w] for the base: the pixels that are known, zeros elsewhere; and one where they are not."""
         if image is None or hole is None:
-            return torch.cat([torch.zeros(1, 3, self.small, self.small), torch.ones(1, 1, self.small, self.small)], 1)
+            nothing = torch.zeros(1, 4, self.small, self.small, device=self.device)
+            nothing[:, 3:] = 1
+            return nothing
         hole = max_pool2d(hole, self.large // self.small)
         return torch.cat([kept(shrunk(image, self.small), hole), hole], 1).to(self.device)
 

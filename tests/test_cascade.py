@@ -13,18 +13,19 @@ from torch import Tensor
 from app.schemas import Parameters
 from models import guidance
 from models.cascade import Cascade, pixels_of
-from models.catalog import Catalog, ModelCard
-from models.loading import load_parts
+from models.catalog import Catalog
+from models.loading import load_parts, load_pipeline
 from models.program import Inputs, generator
-from models.sampling import moved
+from models.sampling import Span, moved
+from models.scoring import Scorer
+from models.stable_diffusion import StableDiffusion
 from tests import tiny
 from tests.test_journal import resumed_with_the_same_bytes
-from tests.test_stable_diffusion import NOTHING, alone, as_image, progress, run_out, square, threads
+from tests.test_stable_diffusion import NOTHING, alone, as_image, as_tensor, progress, run_out, square, threads
 from tests.test_stable_diffusion import asked as asked_of_sd
 from workers.engine import Engine, Pass
 
-CARDS = Catalog.read(["emoji-glide", "emoji-imagen"])
-GLIDE, IMAGEN = CARDS["emoji-glide"], CARDS["emoji-imagen"]
+GLIDE = Catalog.read(["emoji-glide"])["emoji-glide"]
 ENLARGING = GLIDE.stages["upsampler"].num_inference_steps
 INPAINT = {"image": "given", "mask": "given", "strength": 1.0}
 
@@ -37,12 +38,12 @@ def one_thread() -> Iterator[None]:
 
 @cache
 def small_model(known: bool = True) -> Cascade:
-    return Cascade(GLIDE if known else IMAGEN, None, tiny.cascade(known))
+    return Cascade(GLIDE, None, tiny.cascade(known))
 
 
 @cache
-def shipped(card: ModelCard) -> Cascade:
-    return Cascade(card, None, load_parts(card, "cpu"))
+def shipped() -> Cascade:
+    return Cascade(GLIDE, None, load_parts(GLIDE, "cpu"))
 
 
 def asked(**given: Any) -> Parameters:
@@ -82,24 +83,20 @@ def test_the_small_picture_is_that_of_a_plain_loop_over_diffusers(threshold: flo
     model = small_model()
     given = {} if threshold is None else {"dynamic_threshold": threshold}
     r = asked(guidance_scale=4.0, guidance=given, seed=3)
-    assert (small_picture(model, r) - plainly(model, r)).abs().max() < 1e-5
+    assert (small_pictures(model, r)[0] - plainly(model, r)).abs().max() < 1e-5
 
 
-def small_picture(model: Cascade, r: Parameters) -> Tensor:
-    """What the first stage hands to the second."""
-    found = list[Tensor]()
-    enlarged = model.enlarged
-
-    def noting(small: Tensor, *others: Any) -> Any:
-        found.append(small)
-        return (yield from enlarged(small, *others))
-
-    model.enlarged = noting
-    try:
-        alone(model, r)
-    finally:
-        del model.enlarged
-    return found[0]
+def small_pictures(model: Cascade, *requests: Parameters) -> list[Tensor]:
+    """What the first stage hands to the second, each [1, 3, h, w]."""
+    engine = Engine()
+    tickets = [
+        engine.submit(
+            model.drawn(r, generator(r.seed), None, None, Span(0, r.num_inference_steps, r.num_inference_steps))
+        )
+        for r in requests
+    ]
+    run_out(engine, *tickets)
+    return [ticket.result for ticket in tickets]
 
 
 @torch.no_grad()
@@ -235,3 +232,74 @@ def test_a_step_is_the_samplers_table():
         coefficients[:, k].view(2, 1, 1, 1) * term for k, term in enumerate([sample, e, noise, *memory.unbind(1)])
     )
     torch.testing.assert_close(moved(sample, e, noise, memory, coefficients), by_hand)
+
+
+# -- what the shipped weights can do
+
+CAPTIONS = [
+    f"a {thing} on a {colour} background"
+    for thing, colour in zip(
+        ("red apple", "penguin", "rocket", "cactus", "lemon", "car", "rose", "owl", "pizza", "tree", "banana", "pear"),
+        ("blue", "yellow", "pink") * 4,
+        strict=True,
+    )
+]
+
+
+@cache
+def scorer() -> Scorer:
+    return Scorer()
+
+
+def agreement(**given: Any) -> float:
+    """Of the small pictures with their captions, as CLIP sees it."""
+    requests = [
+        asked(prompt=prompt, seed=i, num_inference_steps=8, scheduler="dpmpp_2m", **given)
+        for i, prompt in enumerate(CAPTIONS)
+    ]
+    drawn = [as_image((small[0] / 2 + 0.5).clamp(0, 1)) for small in small_pictures(shipped(), *requests)]
+    return float((scorer().pictures(drawn) * scorer().captions(CAPTIONS)).sum(-1).mean())
+
+
+def test_classifier_free_guidance_raises_clip_agreement():
+    without, guided = (agreement(guidance_scale=scale) for scale in (1.0, 4.0))
+    assert guided > without + 0.02, (without, guided)
+
+
+def test_clip_guidance_raises_clip_agreement():
+    without, guided = (agreement(guidance_scale=1.0, guidance={"clip": pull}) for pull in (0.0, 3.0))
+    assert guided > without + 0.03, (without, guided)
+
+
+def test_dynamic_thresholding_keeps_strong_guidance_from_saturating():
+    def saturated(**guidance: float) -> float:
+        requests = [
+            asked(prompt=c, seed=i, num_inference_steps=8, guidance_scale=15.0, guidance=guidance)
+            for i, c in enumerate(CAPTIONS[:6])
+        ]
+        return float((torch.cat(small_pictures(shipped(), *requests)).abs() > 0.99).float().mean())
+
+    cut_off, divided = saturated(), saturated(dynamic_threshold=0.9)
+    assert divided < 0.7 * cut_off, (cut_off, divided)
+
+
+def test_what_is_drawn_into_a_hole_follows_the_prompt():
+    model = shipped()
+    plain = Image.new("RGB", (128, 128), (250, 220, 60))
+    prompts = ["a penguin on a yellow background", "a red apple on a yellow background"]
+    inputs = Inputs(plain, square(128, 24, 104))
+    asking = INPAINT | {"seed": 2, "scheduler": "dpmpp_2m", "num_inference_steps": 8}
+    pictures = [alone(model, asked(prompt=prompt, **asking), inputs) for prompt in prompts]
+    likeness = scorer().pictures([as_image(one) for one in pictures]) @ scorer().captions(prompts).T
+    assert likeness.argmax(1).tolist() == [0, 1]
+
+
+def test_an_enlarged_picture_looks_the_same_from_afar():
+    r = asked_of_sd(prompt="a red apple on a blue background", num_inference_steps=12)
+    source = Catalog.read(["emoji-sd"])["emoji-sd"]
+    original = alone(StableDiffusion(source, load_pipeline(source, "cpu")), r)
+    small = torch.nn.functional.avg_pool2d(original, 2)
+    blown_up = as_image(torch.nn.functional.interpolate(small[None], (128, 128))[0])
+    enlarged = alone(shipped(), asked(task="upscale", image="given", prompt=""), Inputs(blown_up))
+    assert (torch.nn.functional.avg_pool2d(enlarged, 2) - small).abs().mean() < 0.03
+    assert (enlarged - original).abs().mean() < (as_tensor(blown_up) - original).abs().mean() + 0.01

@@ -152,7 +152,7 @@ def test_guidance_that_a_model_has_not_is_named(card: ModelCard):
 
 def test_a_model_of_latents_has_no_threshold_for_pixels(card: ModelCard):
     assert fields(card, guidance={"dynamic_threshold": 0.995}) == ["guidance.dynamic_threshold"]
-    assert fields(Catalog.read(["emoji-imagen"]).default, guidance={"dynamic_threshold": 0.995}) == []
+    assert fields(Catalog.read(["emoji-glide"]).default, guidance={"dynamic_threshold": 0.995}) == []
 
 
 def test_a_part_is_a_folder_of_weights_or_in_a_package_that_is_installed():

@@ -187,10 +187,10 @@ def test_every_model_that_ships_draws_what_it_is_for(service: LocalService):
 def test_pixel_models_draw_repaint_and_enlarge(service: LocalService):
     with httpx2.Client(base_url=service.url, timeout=120) as http:
         by_glide = {"model": "emoji-glide", "num_inference_steps": 4, "seed": 1}
-        apple = finished(http, by_glide | {"prompt": "a red apple", "guidance": {"clip": 1.0}})
-        by_imagen = {"model": "emoji-imagen", "prompt": "a pooch", "num_inference_steps": 4, "guidance_scale": 9}
-        dog = finished(http, by_imagen | {"guidance": {"dynamic_threshold": 0.95}})
-        assert (apple["status"], dog["status"]) == ("succeeded", "succeeded"), (apple, dog)
+        apple = finished(
+            http, by_glide | {"prompt": "a red apple", "guidance": {"clip": 1.0, "dynamic_threshold": 0.99}}
+        )
+        assert apple["status"] == "succeeded", apple
         assert apple["progress"] == {"step": 12, "steps": 12, "stage": None}  # eight of them the upsampler's
 
         def fetched(generation: dict) -> Image.Image:
