@@ -1,4 +1,4 @@
-"""Trains the super-resolution model that emoji-glide and emoji-imagen share: 64 px to 128, one 64 px window at a time.
+"""Trains the super-resolution model that a cascade ends with: 64 px to 128, one 64 px window at a time.
 
     python -m models.training.upsampler WORK OUT --minutes 30
 
