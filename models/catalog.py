@@ -86,6 +86,9 @@ class Stage(Strict):
     guidance_scale: float = 1.0
 
 
+ADAPTABLE = ("stable-diffusion", "diffusers")  # families whose programs put adapters on
+
+
 class ModelCard(Strict):
     """One file of `models/cards`."""
 
@@ -116,6 +119,8 @@ class ModelCard(Strict):
         defaults = self.defaults.model_dump(exclude={"strength"})
         size = self.size.model_dump(include={"width", "height"})
         ordinary = GenerationRequest.model_validate({"prompt": "an ordinary one", **size, **defaults})
+        if self.loras and self.family not in ADAPTABLE:
+            raise ValueError(f"loras: the family {self.family} has none; {' and '.join(ADAPTABLE)} have")
         if problems := [f"default {field}: {what}" for field, what in self._limit_problems(ordinary)]:
             raise ValueError("; ".join(problems))
         return self

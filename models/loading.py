@@ -91,10 +91,9 @@ def adapter_file(place: str) -> Path:
 
 
 def adapter_folder(place: str) -> Path:
-    if not place.startswith("hub:"):
+    if (hub := hub_of(place)) is None:
         return place_of(place)
-    repository, _, revision = place.removeprefix("hub:").partition("@")
-    return Path(snapshot_download(repository, revision=revision or "main", allow_patterns=["*.safetensors"]))
+    return Path(snapshot_download(hub.repository, revision=hub.revision, allow_patterns=["*.safetensors"]))
 
 
 @contextmanager
@@ -147,10 +146,16 @@ def load_parts(card: ModelCard, device: str) -> dict[str, Any]:
 
 def folder_of(path: str) -> Path:
     """Of a part; what the hub has is fetched."""
-    if not path.startswith("hub:"):
-        return place_of(path)
-    repository, _, revision = path.removeprefix("hub:").partition("@")
-    return download(Hub(kind="hub", repository=repository, revision=revision or "main"))
+    hub = hub_of(path)
+    return download(hub) if hub else place_of(path)
+
+
+def hub_of(place: str) -> Hub | None:
+    """What `hub:repository@revision` names."""
+    if not place.startswith("hub:"):
+        return None
+    repository, _, revision = place.removeprefix("hub:").partition("@")
+    return Hub(kind="hub", repository=repository, revision=revision or "main")
 
 
 def load_part(name: str, folder: Path, dtype: torch.dtype, device: str) -> Any:

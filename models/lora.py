@@ -50,6 +50,7 @@ class Wardrobe:
     def wear(self, worn: Worn) -> None:
         if worn == self.worn:
             return
+        self.worn = None  # until it is done: half dressed is nobody's set
         if worn:
             self.pipeline.enable_lora()
             self.pipeline.set_adapters([name for name, _ in worn], [scale for _, scale in worn])

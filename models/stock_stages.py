@@ -142,6 +142,12 @@ class Kandinsky(Stages):
         )
         return picture(output.images)
 
+    def warnings(self, r: Parameters) -> list[str]:
+        unheard = (
+            [f"{r.model} varies a picture without regard to prompts"] if r.kind == "variation" and r.prompt else []
+        )
+        return super().warnings(r) + unheard
+
     @staticmethod
     def ends(r: Parameters, inputs: Inputs) -> list[str | Image.Image]:
         """What is to be drawn, or the two things between which it is: pictures, or captions of some."""
@@ -178,6 +184,10 @@ class Karlo(Stages):
             "whole.super_res_last": "upsampler",
         }
         super().__init__(card, {"whole": pipeline}, stages, "whole.super_res_first")
+
+    def warnings(self, r: Parameters) -> list[str]:
+        unheard = [f"{r.model} has no negative prompt: it is not seen"] if r.negative_prompt else []
+        return super().warnings(r) + unheard
 
     def draw(self, r: Parameters, seed: int, inputs: Inputs) -> Program:
         prior, upsampler = self.stage("prior"), self.stage("upsampler")

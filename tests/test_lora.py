@@ -158,5 +158,11 @@ def test_adapters_that_cannot_be_read_make_the_model_unavailable(folder: Path, t
         load_pipeline(card_of(folder, ink=str(tmp_path / "nowhere")), "cpu")
 
 
+def test_a_family_that_cannot_wear_adapters_has_none_on_its_card():
+    card = Catalog.read(["emoji-glide"])["emoji-glide"]
+    with pytest.raises(ValueError, match="loras: the family glide has none"):
+        ModelCard.model_validate(card.model_dump() | {"loras": {"ink": "ink"}})
+
+
 def test_a_picture_says_what_it_wore():
     assert parameters_text(asked(prompt="a cat", loras=SETS[2]), 0).startswith("a cat <lora:ink:0.3>\n")

@@ -283,3 +283,6 @@ def test_words_that_are_not_seen_are_reported():
     long = asked("karlo", prompt="x" * 200)
     assert "prompt is cut" in model("karlo").warnings(long)[0]
     assert model("dit").warnings(asked("dit")) == []
+    assert "negative" in model("karlo").warnings(asked("karlo", negative_prompt="a dog"))[0]
+    varied = asked("kandinsky22", task="variation", image="given", prompt="a dog", end_prompt="a cat")
+    assert "without regard to prompts" in model("kandinsky22").warnings(varied)[0]
