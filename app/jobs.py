@@ -573,7 +573,7 @@ def timings(record: Record) -> dict[str, float]:
 
 def row_steps(parameters: Parameters) -> float:
     """What a generation costs: rows through the denoiser."""
-    return parameters.n * parameters.num_inference_steps * (2 if parameters.guidance_scale > 1 else 1)
+    return parameters.rows * parameters.num_inference_steps
 
 
 def seconds_for(ahead: int, paces: list[bytes], own: float = 0.0) -> float | None:

@@ -97,6 +97,9 @@ class GenerationRequest(BaseModel, frozen=True):
     )
     negative_prompt: Text = Field("", description="What to steer away from; needs guidance_scale > 1.")
     n: int = Field(1, ge=1, description="How many pictures; picture i has the seed `seed + i`.")
+    best_of: int = Field(
+        1, ge=1, description="Draw so many for each picture, and keep the one that CLIP finds most like the prompt."
+    )
     width: int | None = Field(None, ge=1, description="Pixels.")
     height: int | None = Field(None, ge=1, description="Pixels.")
     num_inference_steps: int | None = Field(None, ge=1)
@@ -125,7 +128,7 @@ class GenerationRequest(BaseModel, frozen=True):
     )
 
     @field_validator(
-        "n", "width", "height", "num_inference_steps", "seed", "preview_every", "expires_in", mode="before"
+        "n", "best_of", "width", "height", "num_inference_steps", "seed", "preview_every", "expires_in", mode="before"
     )
     @classmethod
     def _whole(cls, value: object) -> object:
@@ -188,6 +191,11 @@ class Parameters(GenerationRequest, frozen=True):
     guidance_scale: float
     scheduler: str
     seed: int
+
+    @property
+    def rows(self) -> int:
+        """What it wants of every pass of the denoiser."""
+        return self.n * self.best_of * (2 if self.guidance_scale > 1 else 1)
 
 
 class Progress(BaseModel):
@@ -255,6 +263,7 @@ class Size(BaseModel):
 
 class ModelLimits(BaseModel):
     n: int
+    best_of: int = Field(1, description="More than one: candidates of which CLIP chooses.")
     num_inference_steps: int
     guidance_scale: float
     prompt_tokens: int

@@ -51,12 +51,13 @@ class Cascade(Guided):
     # -- the nets
 
     def encode_text(self, *, input_ids: Tensor) -> Tensor:
-        """[rows, tokens] to [rows, tokens, width]; zeros where a language model has no word."""
+        """[rows, tokens] to what the base is told, [rows, tokens, width]; zeros where a language model has no word."""
         encoder, ids = self.parts["text_encoder"], input_ids.to(self.device)
         if encoder.config.model_type == "clip_text_model":
             return encoder(ids)[0]
         words = (ids != self.tokenizer.pad_token_id).long()
-        return encoder(ids, attention_mask=words).last_hidden_state * words[..., None]
+        states = encoder(ids, attention_mask=words).last_hidden_state * words[..., None]
+        return self.parts["ear"](states) if "ear" in self.parts else states
 
     def denoise(
         self,

@@ -86,6 +86,13 @@ class Stage(Strict):
     guidance_scale: float = 1.0
 
 
+class Sampling(Strict):
+    """How a transformer's next code is chosen."""
+
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+
+
 ADAPTABLE = ("stable-diffusion", "diffusers")  # families whose programs put adapters on
 
 
@@ -105,6 +112,8 @@ class ModelCard(Strict):
     classes: list[str] = []  # of a class-conditional model, which draws nothing else
     parts: dict[str, str] = {}  # what it has beside the source, by name: `place_of` one, or `hub:repository@revision`
     loras: dict[str, str] = {}  # adapters that requests may ask for: places as of `parts`
+    sampling: Sampling | None = None  # of models that write codes
+    fixed_steps: bool = False  # the default `num_inference_steps` is the only one
     stages: dict[str, Stage] = {}  # beside the one that a request decides: unCLIP's prior, a cascade's upsampler
     size: Size
     limits: ModelLimits
@@ -160,10 +169,13 @@ class ModelCard(Strict):
         for field in ("width", "height"):
             if (pixels := getattr(request, field)) is not None:
                 yield from self._size_problems(field, pixels)
-        for field in ("n", "num_inference_steps", "guidance_scale"):
+        for field in ("n", "best_of", "num_inference_steps", "guidance_scale"):
             value, limit = getattr(request, field), getattr(self.limits, field)
             if value is not None and value > limit:
                 yield field, f"{value} is more than {self.name} allows ({limit})"
+        steps = self.defaults.num_inference_steps
+        if self.fixed_steps and request.num_inference_steps not in (None, steps):
+            yield "num_inference_steps", f"{self.name} always takes {steps}"
         if request.scheduler is not None and request.scheduler not in self.schedulers:
             yield "scheduler", f"{self.name} has no {request.scheduler!r}; it has {', '.join(self.schedulers)}"
 

@@ -5,9 +5,11 @@ from typing import Protocol
 from torch import nn
 
 from app.schemas import Parameters
+from models.autoregressive import Autoregressive
 from models.cascade import Cascade
 from models.catalog import ModelCard
 from models.class_conditional import ClassConditional
+from models.janus import Janus
 from models.preview import LatentColours
 from models.program import Inputs, Net, Program
 from models.stable_diffusion import StableDiffusion
@@ -30,6 +32,7 @@ class Resident(Protocol):
 
 
 FAMILIES = {
+    "autoregressive": Autoregressive,
     "stable-diffusion": StableDiffusion,
     "class-conditional": ClassConditional,
     "unclip": UnCLIP,
@@ -39,6 +42,7 @@ FAMILIES = {
     "amused": Amused,
     "deepfloyd": DeepFloyd,
     "dit": DiT,
+    "janus": Janus,
     "kandinsky": Kandinsky,
     "karlo": Karlo,
     "upscaler": Upscaler,

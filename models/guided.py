@@ -29,6 +29,7 @@ class Guided:
         self.text_encoder = Net("encode_text", self.encode_text, width=32)
         if "clip" in parts:
             self.caption_encoder = Net("encode_caption", self.encode_caption, width=32)
+            self.picture_encoder = Net("encode_picture", self.encode_picture, width=8)
         if "noised_clip" in parts:
             self.steering = Net("steer", self.steer, buckets=self.buckets, width=16, journaled=True)
 
@@ -41,6 +42,13 @@ class Guided:
     def encode_caption(self, *, input_ids: Tensor) -> Tensor:
         """[rows, tokens] to embeddings of length one, [rows, width], as CLIP has them."""
         features = self.parts["clip"].get_text_features(input_ids=input_ids.to(self.device)).pooler_output
+        return torch.nn.functional.normalize(features.float(), dim=-1)
+
+    def encode_picture(self, *, pixels: Tensor) -> Tensor:
+        """[rows, 3, H, W] in [-1, 1] to embeddings of length one, [rows, width], as CLIP has them."""
+        size = self.parts["clip"].config.vision_config.image_size
+        seen = torch.nn.functional.interpolate(pixels, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
+        features = self.parts["clip"].get_image_features(pixel_values=seen.to(self.device, self.dtype)).pooler_output
         return torch.nn.functional.normalize(features.float(), dim=-1)
 
     def steer(self, *, sample: Tensor, timestep: Tensor, caption: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import DiffusionPipeline, PriorTransformer, UNet2DConditionModel, UNet2DModel
+from diffusers import DiffusionPipeline, PriorTransformer, UNet2DConditionModel, UNet2DModel, VQModel
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from httpx2 import HTTPError
 from huggingface_hub import get_cached_repo_tree, snapshot_download
@@ -23,11 +23,14 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from models.catalog import WEIGHTS, Folder, Hub, ModelCard, Parts, SingleFile, place_of
+from models.ear import Ear
 from models.guided import modules_of
 from models.noised_clip import NoisedCLIP
+from models.token_transformer import TokenTransformer
 from models.unclip import ImageProjection
 
 INDEX = "model_index.json"
+WITHOUT_INDEX = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
 PICKLES = frozenset({".bin", ".ckpt", ".pt", ".pth"})
 UNREADABLE = (  # what the libraries raise for a source that is missing, out of reach, damaged or something else
     OSError,
@@ -121,11 +124,15 @@ PARTS: dict[str, Any] = {
     "BertModel": transformers.BertModel,
     "CLIPModel": transformers.CLIPModel,
     "CLIPTextModel": transformers.CLIPTextModel,
+    "Ear": Ear,
     "ImageProjection": ImageProjection,
+    "JanusForConditionalGeneration": transformers.JanusForConditionalGeneration,
     "NoisedCLIP": NoisedCLIP,
     "PriorTransformer": PriorTransformer,
+    "TokenTransformer": TokenTransformer,
     "UNet2DConditionModel": UNet2DConditionModel,
     "UNet2DModel": UNet2DModel,
+    "VQModel": VQModel,
 }
 
 
@@ -204,11 +211,14 @@ def from_single_file(file: Path, config: Path, dtype: torch.dtype) -> Any:
 
 
 def download(hub: Hub) -> Path:
-    """The folder in the hub's cache with what the pipeline needs; it is enough by itself while the hub is away."""
+    """The folder in the hub's cache with what the pipeline or the single model needs: enough while the hub is away."""
     snapshot = Path(snapshot_download(hub.repository, revision=hub.revision, allow_patterns=[INDEX]))
     commit = snapshot.name  # what is judged here is what will be fetched, should the branch move meanwhile
     files = [PurePath(file.path) for file in get_cached_repo_tree(hub.repository, revision=commit)]
-    refuse_pickles(PurePath(hub.repository), files, read_index(snapshot))
+    index = read_index(snapshot)
+    refuse_pickles(PurePath(hub.repository), files, index)
+    if not index:  # a model of transformers, say
+        return Path(snapshot_download(hub.repository, revision=commit, allow_patterns=WITHOUT_INDEX))
     return Path(
         DiffusionPipeline.download(
             hub.repository,

@@ -57,20 +57,11 @@ class UnCLIP(StableDiffusion):
 
     def __init__(self, card: ModelCard, pipeline: Any, parts: Mapping[str, Any]):
         super().__init__(card, pipeline, parts)
-        self.clip = parts["clip"]
-        self.width = self.clip.config.projection_dim
-        self.picture_encoder = Net("encode_picture", self.encode_picture, width=8)
+        self.width = parts["clip"].config.projection_dim
         self.prior = Net("prior", self.guess, buckets=(2, 4, 8, 16, 32), width=32)
         self.projector = Net("project", self.project, width=32)
 
     # -- the nets
-
-    def encode_picture(self, *, pixels: Tensor) -> Tensor:
-        """[rows, 3, H, W] in [-1, 1] to embeddings of variance one, [rows, width]."""
-        size = self.clip.config.vision_config.image_size
-        seen = nn.functional.interpolate(pixels, (size, size), mode="bicubic", antialias=True).clamp(-1, 1)
-        features = self.clip.get_image_features(pixel_values=seen.to(self.device, self.dtype)).pooler_output
-        return of_variance_one(features.float())
 
     def guess(
         self,
@@ -128,7 +119,7 @@ class UnCLIP(StableDiffusion):
         return slerp(picture, of_variance_one(captions[1:] - captions[:1]), mix)
 
     def seen(self, image: Image.Image) -> Generator[Call, Any, Tensor]:
-        return (yield Call(self.picture_encoder, {"pixels": self.pixels(image)}, 1))
+        return of_variance_one((yield Call(self.picture_encoder, {"pixels": self.pixels(image)}, 1)))
 
     def prompts(self, r: Parameters) -> list[str]:
         """What the prior has to imagine: each end that is no picture, and what to steer away from."""

@@ -220,6 +220,12 @@ def test_a_part_may_be_a_pipeline_of_the_hub(hub: "FakeHub", process: ProcessPoo
     assert process.submit(names_of_parts, card).result() == {"prior": "StableDiffusionPipeline"}
 
 
+def test_a_part_may_be_a_single_model_of_the_hub(hub: "FakeHub", process: ProcessPoolExecutor, saved: Path):
+    hub.publish("someone/words", "main", saved / "text_encoder")
+    card = hub_card("someone/other", "main").model_copy(update={"parts": {"words": "hub:someone/words@main"}})
+    assert process.submit(names_of_parts, card).result() == {"words": "CLIPTextModel"}
+
+
 def test_a_repository_of_pickles_is_refused_before_they_are_fetched(
     hub: "FakeHub", process: ProcessPoolExecutor, saved: Path, tmp_path: Path
 ):

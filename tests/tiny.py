@@ -52,6 +52,8 @@ from transformers import (
     T5Tokenizer,
 )
 
+from models.token_transformer import TokenTransformer
+
 WIDTH = 32  # of text embeddings
 TOKENS = 77
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -263,6 +265,28 @@ def cascade(known: bool = True) -> dict[str, Any]:
         "tokenizer": clip_tokenizer() if known else bert_tokenizer(),
         "scheduler": DDIMScheduler(clip_sample=False, prediction_type="v_prediction", **STABLE_DIFFUSION_NOISE),
     }
+
+
+def autoregressive(crosses: bool) -> dict[str, Any]:
+    """The parts of a model of codes: 4 × 4 of 16 of them, of 16 pixels."""
+    torch.manual_seed(0)
+    vq = VQModel(
+        block_out_channels=(8, 16, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=4,
+        num_vq_embeddings=16,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+    )
+    shape: dict[str, Any] = {"words": TOKENS, "codes": 16, "length": 16}
+    shape |= {"width": 32, "layers": 2, "intermediate_size": 64}
+    told = {"context_width": WIDTH} if crosses else {"vocabulary": len(clip_tokenizer())}
+    writer: Any = TokenTransformer(**shape, **told)
+    for parameter in writer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    parts = {"writer": writer.eval(), "vq": vq.eval(), "tokenizer": clip_tokenizer()}
+    return parts | ({"text_encoder": clip_text()} if crosses else {})
 
 
 def deepfloyd() -> tuple[DiffusionPipeline, DiffusionPipeline]:

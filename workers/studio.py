@@ -82,9 +82,9 @@ class Drawing:
     def rows(self) -> int:
         """Rows it still wants of every pass of the denoiser."""
         if not self.tickets:
-            return rows_wanted(self.parameters)
+            return self.parameters.rows
         denoising = sum(1 for t in self.tickets if t.call and t.call.net is not self.resident.decoder)
-        return denoising * rows_wanted(self.parameters) // self.parameters.n
+        return denoising * self.parameters.rows // self.parameters.n
 
     @property
     def error(self) -> Exception | None:
@@ -145,7 +145,7 @@ class Studio:
         needs_files = any(getattr(parameters, field) for field in PICTURES) or attempt > 1
         inputs = self.files.submit(self._read, id, parameters, records) if needs_files else done((Inputs(), []))
         self.drawings[id] = drawing = Drawing(id, folder, parameters, warm, inputs, records)
-        cost = parameters.n * parameters.num_inference_steps * (2 if parameters.guidance_scale > 1 else 1)
+        cost = parameters.rows * parameters.num_inference_steps
         self.costs[parameters.model] = averaged(self.costs.get(parameters.model), cost)
         if not needs_files:
             self._begin(drawing)
@@ -358,10 +358,6 @@ def timings(drawing: Drawing) -> dict[str, float]:
     submitted, drawn = age_of(drawing.id), drawing.drawn or 0.0
     first_step = (drawing.first_step or drawn) - submitted
     return {"first_step": first_step, "drawn": drawn - submitted, "encoding": drawing.encoding}
-
-
-def rows_wanted(r: Parameters) -> int:
-    return r.n * (2 if r.guidance_scale > 1 else 1)
 
 
 def averaged(before: float | None, now: float) -> float:
