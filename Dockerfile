@@ -42,7 +42,7 @@ ARG UV_TORCH_BACKEND
 RUN --mount=type=cache,target=/root/.cache/uv \
     uv pip install --constraints requirements.lock --requirements torch.txt \
     && uv pip install --require-hashes --constraints requirements.lock --excludes torch.txt \
-        --requirements pyproject.toml --extra worker
+        --requirements pyproject.toml --extra worker --extra language
 COPY README.md ./
 COPY app/__init__.py app/
 RUN uv pip install --no-deps --editable .

@@ -48,6 +48,9 @@ class Settings(BaseSettings):
         "emoji-unclip",
         "emoji-classes",
         "emoji-glide",
+        "emoji-imagen",
+        "emoji-dalle",
+        "emoji-parti",
     )
     pinned_models: Names = ()  # never leave memory, whatever else is asked for
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")  # auto: cuda where there is one, else cpu

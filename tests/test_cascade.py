@@ -13,7 +13,7 @@ from torch import Tensor
 from app.schemas import Parameters
 from models import guidance
 from models.cascade import Cascade, pixels_of
-from models.catalog import Catalog
+from models.catalog import Catalog, ModelCard
 from models.loading import load_parts, load_pipeline
 from models.program import Inputs, generator
 from models.sampling import Span, moved
@@ -25,7 +25,8 @@ from tests.test_stable_diffusion import NOTHING, alone, as_image, progress, run_
 from tests.test_stable_diffusion import asked as asked_of_sd
 from workers.engine import Engine, Pass
 
-GLIDE = Catalog.read(["emoji-glide"])["emoji-glide"]
+CARDS = Catalog.read(["emoji-glide", "emoji-imagen"])
+GLIDE, IMAGEN = CARDS["emoji-glide"], CARDS["emoji-imagen"]
 ENLARGING = GLIDE.stages["upsampler"].num_inference_steps
 INPAINT = {"image": "given", "mask": "given", "strength": 1.0}
 
@@ -42,8 +43,8 @@ def small_model(known: bool = True) -> Cascade:
 
 
 @cache
-def shipped() -> Cascade:
-    return Cascade(GLIDE, None, load_parts(GLIDE, "cpu"))
+def shipped(card: ModelCard = GLIDE) -> Cascade:
+    return Cascade(card, None, load_parts(card, "cpu"))
 
 
 def asked(**given: Any) -> Parameters:
@@ -251,23 +252,23 @@ def scorer() -> Scorer:
     return Scorer()
 
 
-def agreement(**given: Any) -> float:
+def agreement(card: ModelCard, prompts: list[str], captions: list[str] = CAPTIONS, **given: Any) -> float:
     """Of the small pictures with their captions, as CLIP sees it."""
     requests = [
-        asked(prompt=prompt, seed=i, num_inference_steps=8, scheduler="dpmpp_2m", **given)
-        for i, prompt in enumerate(CAPTIONS)
+        asked(model=card.name, prompt=prompt, seed=i, num_inference_steps=8, scheduler="dpmpp_2m", **given)
+        for i, prompt in enumerate(prompts)
     ]
-    drawn = [as_image((small[0] / 2 + 0.5).clamp(0, 1)) for small in small_pictures(shipped(), *requests)]
-    return float((scorer().pictures(drawn) * scorer().captions(CAPTIONS)).sum(-1).mean())
+    drawn = [as_image((small[0] / 2 + 0.5).clamp(0, 1)) for small in small_pictures(shipped(card), *requests)]
+    return float((scorer().pictures(drawn) * scorer().captions(captions)).sum(-1).mean())
 
 
 def test_classifier_free_guidance_raises_clip_agreement():
-    without, guided = (agreement(guidance_scale=scale) for scale in (1.0, 4.0))
+    without, guided = (agreement(GLIDE, CAPTIONS, guidance_scale=scale) for scale in (1.0, 4.0))
     assert guided > without + 0.02, (without, guided)
 
 
 def test_clip_guidance_raises_clip_agreement():
-    without, guided = (agreement(guidance_scale=1.0, guidance={"clip": pull}) for pull in (0.0, 3.0))
+    without, guided = (agreement(GLIDE, CAPTIONS, guidance_scale=1.0, guidance={"clip": pull}) for pull in (0.0, 3.0))
     assert guided > without + 0.03, (without, guided)
 
 
@@ -281,6 +282,15 @@ def test_dynamic_thresholding_keeps_strong_guidance_from_saturating():
 
     cut_off, divided = saturated(), saturated(dynamic_threshold=0.9)
     assert divided < 0.7 * cut_off, (cut_off, divided)
+
+
+def test_a_language_model_knows_words_that_training_never_had():
+    """Synonyms: the captions of training have the second of each, and never the first."""
+    words = {"pooch": "dog", "feline": "cat", "citadel": "castle", "residence": "house", "arachnid": "spider",
+             "textbook": "book", "hog": "pig", "stallion": "horse", "grizzly": "bear", "trout": "fish"}  # fmt: skip
+    new, known = ([f"a {word}" for word in side] for side in (words, words.values()))
+    of_glide, of_imagen = (agreement(card, new, known, guidance_scale=3.0) for card in (GLIDE, IMAGEN))
+    assert of_imagen > of_glide + 0.08, (of_glide, of_imagen)
 
 
 def test_what_is_drawn_into_a_hole_follows_the_prompt():

@@ -184,6 +184,17 @@ def test_every_model_that_ships_draws_what_it_is_for(service: LocalService):
         assert stages[-1] is None
 
 
+def test_a_language_model_reads_and_transformers_write(service: LocalService):
+    with httpx2.Client(base_url=service.url, timeout=240) as http:
+        dog = finished(http, {"model": "emoji-imagen", "prompt": "a pooch", "num_inference_steps": 4})
+        assert dog["status"] == "succeeded", dog
+        for model in ("emoji-dalle", "emoji-parti"):
+            apple = finished(http, {"model": model, "prompt": "a red apple", "best_of": 2, "preview_every": 100})
+            assert apple["status"] == "succeeded", apple
+            assert apple["progress"] == {"step": 256, "steps": 256, "stage": None}
+            assert Image.open(io.BytesIO(http.get(apple["images"][0]["url"]).content)).size == (128, 128)
+
+
 def test_pixel_models_draw_repaint_and_enlarge(service: LocalService):
     with httpx2.Client(base_url=service.url, timeout=120) as http:
         by_glide = {"model": "emoji-glide", "num_inference_steps": 4, "seed": 1}

@@ -3,14 +3,19 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel, VQModel
 from safetensors.torch import save_file
+from torch import Tensor
 
+from models.catalog import WEIGHTS
+from models.ear import Ear
 from models.noised_clip import NoisedCLIP
-from models.training import base, decoder, encode, noised_clip, prior, upsampler
+from models.token_transformer import TokenTransformer
+from models.training import base, decoder, ear, encode, noised_clip, prior, tokens, upsampler, vq
 from models.training.scenes import World
 from models.unclip import ImageProjection
 from tests.test_stable_diffusion import threads
@@ -121,6 +126,8 @@ def pixels(tmp_path: Path) -> Path:
         "text": torch.nn.functional.normalize(torch.randn(130, 256, generator=rng), dim=-1).half(),
         "context": torch.randn(130, 32, 256, generator=rng).half(),
         "meaning": torch.randn(130, 32, 384, generator=rng).half(),
+        "tokens": torch.randint(0, 4096, (130, 32), generator=rng).short(),
+        "latents": torch.randn(130, 8, 16, 16, generator=rng).half(),
     }
     save_file(scenes, folder / "000001.safetensors")
     return folder
@@ -139,17 +146,67 @@ def test_scenes_are_encoded_as_pixels_and_what_their_captions_mean(
     assert not meaning[:, -1].any()  # no caption is as long as that
 
 
-def test_the_pixel_models_begin_with_the_latent_one_and_with_each_other(
-    pixels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_pixel_model_begins_with_the_latent_one(pixels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(base, "EXAMPLES", 20)
     monkeypatch.setattr(base, "BATCH", 2)
-    glide, imagen = tmp_path / "glide", tmp_path / "imagen"
-    run(base.main, monkeypatch, pixels, glide, "--model", "glide", "--minutes", 0.02)
-    run(base.main, monkeypatch, pixels, imagen, "--model", "imagen", "--begin", glide, "--minutes", 0.02)
-    first, second = (UNet2DConditionModel.from_pretrained(folder) for folder in (glide, imagen))
-    assert (first.config.in_channels, second.config.in_channels) == (112, 48)
-    assert second.config.encoder_hid_dim == 384
+    run(base.main, monkeypatch, pixels, tmp_path / "glide", "--minutes", 0.02)
+    run(base.main, monkeypatch, pixels, tmp_path / "more", "--begin", tmp_path / "glide", "--minutes", 0.02)
+    first, second = (UNet2DConditionModel.from_pretrained(tmp_path / name) for name in ("glide", "more"))
+    assert first.config.in_channels == second.config.in_channels == 112
+
+
+def test_the_ear_learns_what_the_text_encoder_says(pixels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ear, "BATCH", 4)
+    monkeypatch.setattr(ear, "JUDGED", 10)
+    run(ear.main, monkeypatch, pixels, tmp_path / "ear", "--minutes", 0.02)
+    words = torch.randn(2, 32, 384)
+    with torch.no_grad():
+        assert Ear.from_pretrained(tmp_path / "ear")(words).shape == (2, 32, 256)
+
+
+@pytest.mark.parametrize("kind", ["dalle", "parti"])
+def test_transformers_learn_the_codes_of_the_autoencoder(
+    kind: str, pixels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(vq, "CODES", 16)
+    monkeypatch.setattr(vq, "BATCH", 2)
+    monkeypatch.setattr(tokens, "BATCH", 2)
+    for _ in range(2):  # going on, it keeps its language
+        run(vq.main, monkeypatch, pixels, tmp_path / "vq", "--minutes", 0.01)
+    pictures: Any = VQModel.from_pretrained(tmp_path / "vq")
+    told = ["--model", kind, "--vq", tmp_path / "vq", "--minutes", 0.02]
+    run(tokens.main, monkeypatch, pixels, tmp_path / kind, *told)
+    writer: Any = TokenTransformer.from_pretrained(tmp_path / kind)
+    assert writer.code.num_embeddings == len(pictures.quantize.embedding.weight) + 1 == 17
+
+
+def test_the_codebook_stays_when_its_decoder_learns_on(pixels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(vq, "CODES", 16)
+    monkeypatch.setattr(vq, "BATCH", 2)
+    books = list[Tensor]()
+    for _ in range(2):
+        run(vq.main, monkeypatch, pixels, tmp_path / "vq", "--minutes", 0.01)
+        made: Any = VQModel.from_pretrained(tmp_path / "vq")
+        books.append(made.quantize.embedding.weight.clone())
+    assert torch.equal(*books)
+
+
+def test_the_discrete_autoencoder_sees_what_the_continuous_one_sees():
+    picture = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    old: Any = AutoencoderKL.from_pretrained(WEIGHTS / "emoji-sd" / "vae")
+    new: Any = vq.begin(torch.randn(16, 8))
+    with torch.no_grad():
+        latents = old.encode(picture).latent_dist.mean * old.config.scaling_factor
+        torch.testing.assert_close(new.encode(picture).latents, latents, rtol=1e-3, atol=1e-3)
+        drawn = new.decode(latents, force_not_quantize=True).sample
+        torch.testing.assert_close(drawn, old.decode(latents / old.config.scaling_factor).sample, rtol=1e-3, atol=1e-3)
+
+
+def test_the_means_of_well_kept_apart_latents_are_their_centres():
+    centres = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0]])
+    latents = centres.repeat(100, 1) + 0.1 * torch.randn(300, 2)
+    found = vq.means(latents, 3)
+    assert torch.cdist(centres, found).amin(1).max() < 0.2
 
 
 def test_the_upsampler_learns_windows(pixels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,11 +1,10 @@
-"""Trains the 64 px models of emoji-glide and emoji-imagen: pixel diffusion in patches, begun from emoji-sd's denoiser.
+"""Trains the 64 px model of emoji-glide and emoji-imagen: pixel diffusion in patches, begun from emoji-sd's denoiser.
 
-    python -m models.training.base WORK OUT --model glide --minutes 60
-    python -m models.training.base WORK OUT --model imagen --begin GLIDE --minutes 60
+    python -m models.training.base WORK OUT --minutes 60
 
-GLIDE's is told emoji-sd's own words and what is known of the picture, so that it also inpaints; Imagen's is told a
-language model's, and nothing of the picture. Both say what the picture is, not what the noise: of so few channels a
-patch, noise would not get through (Li & He 2025, "Back to basics: let denoising generative models denoise").
+It is told emoji-sd's own words, which emoji-imagen's ear speaks, and what is known of the picture, so that it also
+inpaints. It says what the picture is, not what the noise: of so few channels a patch, noise would not get through (Li &
+He 2025, "Back to basics: let denoising generative models denoise").
 """
 
 import argparse
@@ -29,7 +28,7 @@ SURE = 5.0  # the loss weighs timesteps by min(SNR + 1, SURE): Hang et al. 2023,
 EXAMPLES = 600  # pictures from which it is judged what a patch looks like as a latent, and back
 
 
-def begin_glide(pixels: Tensor) -> UNet2DConditionModel:
+def begin(pixels: Tensor) -> UNet2DConditionModel:
     """emoji-sd's denoiser, which takes a patch of 4 × 4 pixels for one of its latents."""
     old = UNet2DConditionModel.from_pretrained(WEIGHTS / "emoji-sd" / "unet", torch_dtype=torch.float32)
     colours = 3 * PATCH**2
@@ -46,17 +45,6 @@ def begin_glide(pixels: Tensor) -> UNet2DConditionModel:
         new.conv_in.bias.copy_(old.conv_in.bias)
         new.conv_out.weight.copy_(-torch.einsum("lihw,lc->cihw", old.conv_out.weight, to_patches))  # all noise: x0 = -v
         new.conv_out.bias.copy_(-(old.conv_out.bias @ to_patches))
-    return new
-
-
-def begin_imagen(glide: Path, width: int) -> UNet2DConditionModel:
-    """GLIDE's, with other eyes and ears: no known pixels, and a language model's words."""
-    old = UNet2DConditionModel.from_pretrained(glide, torch_dtype=torch.float32)
-    colours = 3 * PATCH**2
-    new = resized(old, in_channels=colours, encoder_hid_dim=width, encoder_hid_dim_type="text_proj")
-    with torch.no_grad():
-        new.conv_in.weight.copy_(old.conv_in.weight[:, :colours])
-        new.conv_in.bias.copy_(old.conv_in.bias)
     return new
 
 
@@ -100,32 +88,22 @@ def noised(x0: Tensor, alphas_cumprod: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--model", choices=("glide", "imagen"), required=True)
-    parser.add_argument("--begin", type=Path, help="a trained model to begin with; of Imagen, GLIDE's")
+    parser.add_argument("--begin", type=Path, help="a trained model to begin with, instead of emoji-sd's denoiser")
     given = options(__doc__, parser)
-    glide = given.model == "glide"
-    pixels, told = read(given.work, "pixels", "context" if glide else "meaning")
-    encoders = Encoders()
-    nothing = encoders.context([""])[0] if glide else encoders.meaning([""])[0]
-    if not glide:
-        model: Any = begin_imagen(given.begin, told.shape[-1])
-    elif given.begin:
-        model = UNet2DConditionModel.from_pretrained(given.begin, torch_dtype=torch.float32)
-    else:
-        model = begin_glide(pixels)
+    pixels, told = read(given.work, "pixels", "context")
+    nothing = Encoders().context([""])[0]
+    model: Any = begin(pixels) if given.begin is None else UNet2DConditionModel.from_pretrained(given.begin)
     alphas_cumprod = alphas_of("emoji-sd/scheduler")
-    run = Run(given.model, model.train(), LEARNING_RATE, given, decay=0.999)
+    run = Run("glide", model.train(), LEARNING_RATE, given, decay=0.999)
     for rows in run.batches(len(pixels), BATCH):
         x0 = small(pixels[rows])
         sample, timestep, weight = noised(x0, alphas_cumprod)
         kept = torch.rand(BATCH, 1, 1) > DROPPED
         context = torch.where(kept, told[rows].float(), nothing)
-        seen = [pixel_unshuffle(sample, PATCH)]
-        if glide:
-            hole = holes(BATCH)
-            seen += [pixel_unshuffle(x0 * (1 - hole), PATCH), pixel_unshuffle(hole, PATCH)]
+        hole = holes(BATCH)
+        seen = torch.cat([pixel_unshuffle(part, PATCH) for part in (sample, x0 * (1 - hole), hole)], 1)
         with in_half():
-            guess = model(torch.cat(seen, 1), timestep, encoder_hidden_states=context, return_dict=False)[0]
+            guess = model(seen, timestep, encoder_hidden_states=context, return_dict=False)[0]
         error = (pixel_shuffle(guess.float(), PATCH) - x0).square().mean((1, 2, 3))
         run.step((error * weight).mean(), unweighted=error.detach().mean())
     run.save(given.out)
