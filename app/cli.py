@@ -151,11 +151,12 @@ def generate(
 
 @cli.command("eval")
 def evaluate(
-    suite: Annotated[str, typer.Argument(help="One of ours (emoji), or a .toml file of yours.")],
+    suite: Annotated[str, typer.Argument(help="One of ours (emoji), or a .toml, .tsv or .csv file of yours.")],
     models: Annotated[str, typer.Option(help="Names, separated by commas.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="A folder for the sheet.")] = Path("evaluation"),
     steps: Annotated[int | None, typer.Option(help="num_inference_steps")] = None,
     guidance_scale: float | None = None,
+    clip: Annotated[Path | None, typer.Option(help="Folder of the CLIP that judges; the shipped one if unset.")] = None,
     url: Annotated[str, typer.Option(envvar="DARKROOM_URL", help="A running service.")] = "http://127.0.0.1:8000",
     fresh: Annotated[bool, typer.Option(help="Start a service for this, even if one is running.")] = False,
 ) -> None:
@@ -171,7 +172,7 @@ def evaluate(
     given = {name: value for name, value in given.items() if value is not None}
     names = models.split(",")
     with some_service(url, fresh, names) as client, console.status("drawing") as status:
-        scores = draw_and_score(client, prompts, names, output, given, status.update)
+        scores = draw_and_score(client, prompts, names, output, given, status.update, clip)
     table = Table("model", "category", "pictures", "CLIP agreement", "prompt found first", "background")
     for one in scores:
         background = "" if one.background is None else f"{one.background:.0%}"

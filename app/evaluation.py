@@ -1,10 +1,11 @@
 """`darkroom eval`: a suite of prompts over several models, side by side, with scores."""
 
+import csv
 import html
 import json
 import statistics
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from pydantic import BaseModel
 from app.client import Client
 
 SUITES = Path(__file__).parent.parent / "models" / "suites"
+DELIMITERS = {".tsv": "\t", ".csv": ","}
 AT_ONCE = 16
 
 
@@ -39,11 +41,29 @@ class Suite(BaseModel, extra="forbid"):
         Raises:
             ValueError: there is none, or it is wrong; the message says what.
         """
-        path = Path(name) if name.endswith(".toml") else SUITES / f"{name}.toml"
+        path = Path(name) if Path(name).suffix in (".toml", *DELIMITERS) else SUITES / f"{name}.toml"
         if not path.is_file():
             ours = ", ".join(sorted(file.stem for file in SUITES.glob("*.toml")))
-            raise ValueError(f"there is no suite {name!r}; there are {ours}, and files that end in .toml")
-        return cls.model_validate(tomllib.loads(path.read_text()))
+            raise ValueError(f"there is no suite {name!r}; there are {ours}, and files that end in .toml, .tsv or .csv")
+        if path.suffix == ".toml":
+            return cls.model_validate(tomllib.loads(path.read_text()))
+        return cls(title=path.stem, prompts=list(table(path)))
+
+
+def table(path: Path) -> Iterator[Prompt]:
+    """The prompts of a file with columns, as PartiPrompts (`Prompt`, `Category`) and DrawBench (`Prompts`) come.
+
+    Raises:
+        ValueError: a column is missing.
+    """
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = csv.DictReader(file, delimiter=DELIMITERS[path.suffix])
+        columns = rows.fieldnames or ()
+        prompt = next((name for name in ("Prompt", "Prompts") if name in columns), None)
+        if prompt is None or "Category" not in columns:
+            raise ValueError(f"{path} needs the columns Prompt and Category; it has {', '.join(columns)}")
+        for row in rows:
+            yield Prompt(category=row["Category"].strip(), prompt=row[prompt].strip())
 
 
 @dataclass(frozen=True)
@@ -59,9 +79,19 @@ class Score:
 
 
 def evaluate(
-    client: Client, suite: Suite, models: list[str], out: Path, given: dict[str, Any], tell: Callable[[str], None]
+    client: Client,
+    suite: Suite,
+    models: list[str],
+    out: Path,
+    given: dict[str, Any],
+    tell: Callable[[str], None],
+    clip: Path | None = None,
 ) -> list[Score]:
-    """Draw every prompt with every model, score them, and write `out`/index.html, scores.json and the pictures."""
+    """Draw every prompt with every model, score them, and write `out`/index.html, scores.json and the pictures.
+
+    Args:
+        clip: folder of the CLIP model that judges, in transformers' layout; the shipped one if there is none.
+    """
     out.mkdir(parents=True, exist_ok=True)
     scores = list[Score]()
     for model in models:
@@ -70,7 +100,7 @@ def evaluate(
         with ThreadPoolExecutor(AT_ONCE) as clients:
             for done, _ in enumerate(clients.map(client.fetch, requests, paths), 1):
                 tell(f"{model} · {done} of {len(requests)}")
-        scores += score(suite, model, [Image.open(path) for path in paths])
+        scores += score(suite, model, [Image.open(path) for path in paths], clip)
     (out / "scores.json").write_text(json.dumps([asdict(one) for one in scores], indent=1))
     (out / "index.html").write_text(sheet(suite, models, scores))
     return scores
@@ -80,11 +110,11 @@ def picture_path(out: Path, model: str, index: int) -> Path:
     return out / f"{model}-{index:03}.png"
 
 
-def score(suite: Suite, model: str, pictures: list[Image.Image]) -> list[Score]:
+def score(suite: Suite, model: str, pictures: list[Image.Image], clip: Path | None = None) -> list[Score]:
     """By category, then of all of them."""
     from models.scoring import NEAR, Scorer, distance_from
 
-    scorer = Scorer()
+    scorer = Scorer(clip) if clip else Scorer()
     captions = sorted({one.prompt for one in suite.prompts})
     agreement = scorer.pictures(pictures) @ scorer.captions(captions).T
     own = [captions.index(one.prompt) for one in suite.prompts]

@@ -62,7 +62,7 @@ class JanusWriter:
         Returns:
             the last hidden states, and keys and values of these n.
         """
-        cache = DynamicCache()
+        cache: Any = DynamicCache()
         for i, layer in enumerate(past.unbind(1) if past is not None else ()):
             cache.update(layer[:, 0], layer[:, 1], i)
         output = self.language(

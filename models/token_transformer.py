@@ -1,7 +1,7 @@
 """A transformer that writes a picture as a sequence of codes, in raster order, having been told words."""
 
 from math import isqrt
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -40,6 +40,10 @@ class Layer(nn.Module):
             keys, values = words.unbind(1)
             hidden = hidden + self.told(joined(scaled_dot_product_attention(query, keys, values)))
         return hidden + self.narrow(nn.functional.gelu(self.widen(self.last(hidden)))), fresh
+
+    def listen(self, context: Tensor) -> Tensor:
+        """[rows, m, context_width] to keys and values, [rows, 2, heads, m, head width]"""
+        return torch.stack(self.split(self.context(context)), 1)
 
     def split(self, x: Tensor) -> list[Tensor]:
         """[rows, n, k · width] to k of [rows, heads, n, head width]"""
@@ -81,7 +85,7 @@ class TokenTransformer(ModelMixin, ConfigMixin):
             told: [rows, words] numbers of words or, of a text encoder, its states [rows, words, context_width].
         """
         if self.word is None:
-            return torch.stack([torch.stack(layer.split(layer.context(told)), 1) for layer in self.blocks], 1)
+            return torch.stack([cast(Layer, layer).listen(told) for layer in self.blocks], 1)
         hidden: Tensor = self.word(told) + self.word_places
         heard = list[Tensor]()
         mask = causal(told.shape[1], told.device)

@@ -34,6 +34,25 @@ def test_the_backgrounds_of_a_suite_are_colours_that_it_has(path: Path):
     assert len({one.prompt for one in suite.prompts}) == len(suite.prompts)
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("PartiPrompts.tsv", "Prompt\tCategory\tChallenge\na bowl, of soup\tFood\tBasic\nbond\tAbstract\tBasic\n"),
+        ("drawbench.csv", 'Prompts,Category\n"a bowl, of soup",Food\nbond,Abstract\n'),
+    ],
+)
+def test_public_prompt_lists_are_suites_as_they_come(name: str, text: str, tmp_path: Path):
+    (tmp_path / name).write_text(text)
+    suite = Suite.read(str(tmp_path / name))
+    assert [(one.category, one.prompt) for one in suite.prompts] == [("Food", "a bowl, of soup"), ("Abstract", "bond")]
+
+
+def test_a_table_without_prompts_says_what_it_needs(tmp_path: Path):
+    (tmp_path / "words.csv").write_text("Word,Category\na,b\n")
+    with pytest.raises(ValueError, match=r"needs the columns Prompt and Category; it has Word, Category"):
+        Suite.read(str(tmp_path / "words.csv"))
+
+
 def test_a_suite_that_is_none_is_named():
     with pytest.raises(ValueError, match=r"there is no suite 'nope'; there are emoji"):
         Suite.read("nope")

@@ -1,6 +1,7 @@
-"""`python -m tests.bench.cascades`: what guidance and thresholding do for the pixel model.
+"""`python -m tests.bench.cascades`: what guidance, thresholding and a language model do for the pixel models.
 
-Writes docs/glide.png, docs/thresholding.png and docs/cascades.png, and prints the figures of the models' page.
+Writes docs/glide.png, docs/thresholding.png, docs/imagen.png and docs/cascades.png, and prints the figures of the
+models' page.
 """
 
 from typing import Any
@@ -22,6 +23,13 @@ CAPTIONS = [
 SHOWN = ["a red apple on a blue background", "a penguin on a yellow background", "a rocket on a dark blue background",
          "a cactus", "a pizza on a green background", "a lemon next to a strawberry", "a car", "an owl"]  # fmt: skip
 STEPS = 12
+SYNONYMS = {  # words that no training caption has, and what those have instead
+    "pooch": "dog", "hound": "dog", "feline": "cat", "airliner": "airplane", "vessel": "ship", "residence": "house",
+    "citadel": "castle", "fort": "castle", "brolly": "umbrella", "tome": "book", "textbook": "book", "hog": "pig",
+    "swine": "pig", "hare": "rabbit", "pony": "horse", "stallion": "horse", "viper": "snake", "chimp": "monkey",
+    "bovine": "cow", "wasp": "bee", "arachnid": "spider", "gateau": "cake", "grizzly": "bear", "salmon": "fish",
+    "trout": "fish", "cephalopod": "octopus",
+}  # fmt: skip
 
 
 def agreement(scorer: Scorer, drawn: list[Image.Image], captions: list[str]) -> float:
@@ -90,6 +98,27 @@ def thresholding() -> list[Panel]:
     return [Panel("emoji-glide: values quite black or white", "guidance_scale", curves)]
 
 
+def synonyms() -> None:
+    """What is drawn for words that training never saw, judged by those that it did."""
+    scorer, names = Scorer(), sorted(set(SYNONYMS.values()))
+    known, new = list(SYNONYMS.values()), list(SYNONYMS)
+    captions = scorer.captions([f"a {name}" for name in names])
+    shown = list[list[Image.Image]]()
+    print("\n| words | text encoder | right one of the things found first | CLIP agreement |\n|---|---|---|---|")
+    for name, encoder in (("emoji-glide", "its own, trained on the captions"), ("emoji-imagen", "a language model")):
+        model = resident(name)
+        for kind, words in (("of training", known), ("never seen", new)):
+            drawn = row(model, [f"a {word}" for word in words], guidance_scale=3.0)
+            likeness = scorer.pictures(drawn) @ captions.T
+            right = torch.tensor([names.index(one) for one in known])
+            found = float((likeness.argmax(1) == right).float().mean())
+            agrees = float(likeness.gather(1, right[:, None]).mean())
+            print(f"| {kind} | {encoder} | {found:.2f} | {agrees:.3f} |", flush=True)
+            shown.append(drawn[::3])
+    sheet(shown, DOCS / "imagen.png")
+
+
 if __name__ == "__main__":
     with torch.no_grad():
         draw(glide() + thresholding(), DOCS / "cascades.png")
+        synonyms()
