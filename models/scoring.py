@@ -8,7 +8,7 @@ import torch
 import transformers
 from PIL import Image
 from torch import Tensor
-from transformers import AutoTokenizer, CLIPModel
+from transformers import AutoTokenizer, CLIPModel, ResNetForImageClassification
 
 from models.catalog import WEIGHTS
 
@@ -46,6 +46,21 @@ class Scorer:
             ).pooler_output
             rows.append(torch.nn.functional.normalize(features, dim=-1))
         return torch.cat(rows)
+
+
+class Judge:
+    """Tells the classes of emoji-classes apart, and shares nothing with the models that draw them."""
+
+    def __init__(self, folder: Path = WEIGHTS / "emoji-judge"):
+        self.model: Any = ResNetForImageClassification.from_pretrained(folder, dtype=torch.float32).eval()
+        self.classes: list[str] = [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]
+
+    @torch.no_grad()
+    def __call__(self, pictures: list[Image.Image]) -> list[str]:
+        """The class that each looks most like."""
+        pixels = [np.asarray(one.convert("RGB").resize((64, 64), Image.Resampling.BOX)) for one in pictures]
+        seen = torch.tensor(np.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1
+        return [self.classes[i] for i in self.model(pixel_values=seen).logits.argmax(1).tolist()]
 
 
 def distance_from(picture: Image.Image, colour: tuple[int, int, int]) -> float:

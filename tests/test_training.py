@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,11 +12,12 @@ from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel, VQModel
 from safetensors.torch import save_file
 from torch import Tensor
 
-from models.catalog import WEIGHTS
+from models.catalog import WEIGHTS, Catalog
 from models.ear import Ear
 from models.noised_clip import NoisedCLIP
+from models.scoring import Judge
 from models.token_transformer import TokenTransformer
-from models.training import base, decoder, ear, encode, noised_clip, prior, tokens, upsampler, vq
+from models.training import base, decoder, ear, encode, judge, noised_clip, prior, tokens, upsampler, vq
 from models.training.scenes import World
 from models.unclip import ImageProjection
 from tests.test_stable_diffusion import threads
@@ -153,6 +155,20 @@ def test_the_pixel_model_begins_with_the_latent_one(pixels: Path, tmp_path: Path
     run(base.main, monkeypatch, pixels, tmp_path / "more", "--begin", tmp_path / "glide", "--minutes", 0.02)
     first, second = (UNet2DConditionModel.from_pretrained(tmp_path / name) for name in ("glide", "more"))
     assert first.config.in_channels == second.config.in_channels == 112
+
+
+def test_the_judge_learns_from_drawings_that_a_class_names(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    classes = Catalog.read(["emoji-classes"])["emoji-classes"].classes
+    sprites = [{"name": f"red {name}", "synonyms": [], "colors": ["red"]} for name in classes[1:]]
+    sprites.append({"name": "hound", "synonyms": [classes[0]], "colors": []})
+    own = judge.drawings(SimpleNamespace(sprites=sprites), classes)
+    assert own[0] == [len(classes) - 1]
+    assert own[1:] == [[i] for i in range(len(classes) - 1)]
+    monkeypatch.setattr(judge, "BATCH", 4)
+    monkeypatch.setattr(judge, "drawings", lambda world, classes: [[0, 1]] * len(classes))
+    (tmp_path / "work").mkdir()
+    run(judge.main, monkeypatch, data, tmp_path / "work", tmp_path / "judge", "--minutes", 0.02)
+    assert Judge(tmp_path / "judge").classes == classes
 
 
 def test_the_ear_learns_what_the_text_encoder_says(pixels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -16,7 +16,7 @@ from models.catalog import Catalog
 from models.families import FAMILIES
 from models.loading import load_parts, load_pipeline
 from models.program import Call, Inputs
-from models.scoring import Scorer
+from models.scoring import Judge, Scorer
 from models.unclip import of_variance_one
 from tests.chaos.plot import Panel, draw
 from workers.engine import Engine
@@ -64,8 +64,8 @@ def sheet(rows: Sequence[Sequence[Image.Image]], path: Path) -> None:
 
 
 def guided() -> None:
-    """Accuracy and agreement of each kind of guidance over its scale, as the ordinary CLIP judges."""
-    model, scorer = resident("emoji-classes"), Scorer()
+    """What an independent classifier recognizes, and CLIP's agreement, for each kind of guidance over its scale."""
+    model, scorer, judge = resident("emoji-classes"), Scorer(), Judge()
     classes = model.card.classes
     captions = scorer.captions(classes)
     kinds: dict[str, Any] = {
@@ -82,7 +82,7 @@ def guided() -> None:
             requests = [(asked(model, prompt=name, seed=i, **given(scale)), NOTHING) for i, name in enumerate(classes)]
             drawn = pictures(model, requests)
             likeness = scorer.pictures(drawn) @ captions.T
-            right = float((likeness.argmax(1) == torch.arange(len(classes))).float().mean())
+            right = sum(one == name for one, name in zip(judge(drawn), classes, strict=True)) / len(classes)
             agrees = float(likeness.diagonal().mean())
             accuracy[kind].append((scale, right))
             agreement[kind].append((scale, agrees))
@@ -92,7 +92,7 @@ def guided() -> None:
     across = "scale (of classifier-free guidance: s - 1)"
     draw(
         [
-            Panel("right class, as emoji-clip judges", across, accuracy),
+            Panel("right class, as emoji-judge judges", across, accuracy),
             Panel("CLIP agreement", across, agreement),
         ],
         DOCS / "guidance.png",
