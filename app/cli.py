@@ -113,6 +113,9 @@ def generate(
     task: Annotated[str | None, typer.Option(help="Such as variation; unset, it follows from what is given.")] = None,
     end_prompt: Annotated[str | None, typer.Option(help="What is at the other end of an interpolation.")] = None,
     end_image: Annotated[Path | None, typer.Option(exists=True, dir_okay=False, help="The picture there.")] = None,
+    control_image: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="What a ControlNet follows.")
+    ] = None,
     mix: Annotated[float | None, typer.Option(help="Where between the ends, from 0 to 1.")] = None,
     reproducible: bool = False,
     url: Annotated[str, typer.Option(envvar="DARKROOM_URL", help="A running service.")] = "http://127.0.0.1:8000",
@@ -140,6 +143,7 @@ def generate(
         "strength": strength,
         "end_prompt": end_prompt,
         "end_image": encoded(end_image),
+        "control_image": encoded(control_image),
         "mix": mix,
         "reproducible": reproducible,
         "output_format": output_format(output),

@@ -21,7 +21,7 @@ TAKES: dict[Task, tuple[tuple[str, ...], tuple[str, ...]]] = {  # what each need
     "interpolate": ((), ("prompt", "image", "end_prompt", "end_image", "mix")),
     "upscale": (("image",), ("prompt",)),
 }
-PICTURES = ("image", "mask", "end_image")
+PICTURES = ("image", "mask", "end_image", "control_image")
 
 MAX_SEED = 2**53 - 1  # the largest integer that JSON clients in JavaScript keep
 
@@ -116,6 +116,10 @@ class GenerationRequest(BaseModel, frozen=True):
         None, description="Interpolation: what to draw at the other end. A variation moves as `prompt` differs from it."
     )
     end_image: str | None = Field(None, description="Interpolation: the picture at the other end.")
+    control_image: str | None = Field(
+        None, description="What a model with a ControlNet follows: edges, depth or a pose, as the model says."
+    )
+    control_scale: float | None = Field(None, ge=0, le=2, description="How closely; 1 if unset.")
     mix: float | None = Field(None, ge=0, le=1, description="Where between the two ends: 0 is the first. 0.5 if unset.")
     loras: list[Lora] = Field(default=[], max_length=4, description="LoRA adapters to draw with, each once.")
     output_format: OutputFormat = "png"
@@ -169,6 +173,8 @@ class GenerationRequest(BaseModel, frozen=True):
                     yield prompt, f"interpolate needs either `{prompt}` or `{image}`"
         if kind == "variation" and self.end_prompt is not None and self.prompt is None:
             yield "prompt", "a variation moves as `end_prompt` differs from `prompt`"
+        if self.control_scale is not None and self.control_image is None:
+            yield "control_scale", "needs a `control_image`"
         names = [lora.name for lora in self.loras]
         for i, name in enumerate(names):
             if name in names[:i]:
@@ -288,6 +294,7 @@ class Model(BaseModel):
     tasks: list[Task]
     guidance: list[Guide]
     classes: list[str] = Field([], description="What a class-conditional model draws: its prompts are these.")
+    controlled: bool = Field(False, description="Whether it needs a `control_image`; others take none.")
     loras: list[str] = Field([], description="LoRA adapters, by the names that requests call them.")
     size: Size
     limits: ModelLimits

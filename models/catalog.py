@@ -134,6 +134,11 @@ class ModelCard(Strict):
             raise ValueError("; ".join(problems))
         return self
 
+    @property
+    def controlled(self) -> bool:
+        """Whether it draws with a ControlNet (Zhang et al. 2023)."""
+        return "controlnet" in self.parts
+
     def public(self) -> Model:
         """The part of the card that clients see."""
         shown = {name: getattr(self, name) for name in Model.model_fields}
@@ -145,6 +150,9 @@ class ModelCard(Strict):
         yield from request.problems()
         if request.kind not in self.tasks:
             yield self._what_made_it(request), f"{self.name} does not do {request.kind}"
+        if self.controlled != (request.control_image is not None):
+            what = "needs one, for its ControlNet" if self.controlled else "has no ControlNet"
+            yield "control_image", f"{self.name} {what}"
         for i, lora in enumerate(request.loras):
             if lora.name not in self.loras:
                 yield f"loras.{i}.name", f"{self.name} has no {lora.name!r}; it has {', '.join(self.loras) or 'none'}"

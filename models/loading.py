@@ -13,7 +13,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import DiffusionPipeline, PriorTransformer, UNet2DConditionModel, UNet2DModel, VQModel
+from diffusers import ControlNetModel, DiffusionPipeline, PriorTransformer, UNet2DConditionModel, UNet2DModel, VQModel
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from httpx2 import HTTPError
 from huggingface_hub import get_cached_repo_tree, snapshot_download
@@ -122,6 +122,7 @@ def ready(pipeline: Any, device: str) -> Any:
 
 PARTS: dict[str, Any] = {
     "BertModel": transformers.BertModel,
+    "ControlNetModel": ControlNetModel,
     "CLIPModel": transformers.CLIPModel,
     "CLIPTextModel": transformers.CLIPTextModel,
     "Ear": Ear,

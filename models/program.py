@@ -56,6 +56,7 @@ class Inputs:
     image: Image.Image | None = None
     mask: Image.Image | None = None
     end_image: Image.Image | None = None
+    control_image: Image.Image | None = None
 
 
 Program = Generator[Call, Any, Tensor]

@@ -50,9 +50,10 @@ class StockPipelines:
     """One resident model, run through diffusers' own pipelines for each task."""
 
     def __init__(self, card: ModelCard, pipeline: Any, parts: Mapping[str, Any] = NO_PARTS):
-        self.card, self.pipeline = card, pipeline
+        self.card, control = card, {name: parts[name] for name in ("controlnet",) if name in parts}
+        self.pipelines = {task: AUTO[task].from_pipe(pipeline, **control) for task in card.tasks}
+        self.pipeline = pipeline = next(iter(self.pipelines.values())) if control else pipeline
         self.modules = modules_of(pipeline.components.values())
-        self.pipelines = {task: AUTO[task].from_pipe(pipeline) for task in card.tasks}
         for one in self.pipelines.values():
             one.set_progress_bar_config(disable=True)
         if pipeline.vae.config.force_upcast and pipeline.vae.dtype == torch.float16:
@@ -76,7 +77,9 @@ class StockPipelines:
             "guidance_scale": r.guidance_scale,
             "width": r.width,
             "height": r.height,
-            "image": inputs.image,
+            "image": inputs.control_image if self.card.controlled and inputs.image is None else inputs.image,
+            "control_image": inputs.control_image,
+            "controlnet_conditioning_scale": 1.0 if r.control_scale is None else r.control_scale,
             "mask_image": inputs.mask,
             "strength": r.strength,
             "guidance_rescale": r.guidance.rescale,
@@ -115,6 +118,8 @@ def nets(pipeline: Any, card: ModelCard) -> dict[str, Net]:
         for name in DENOISERS
         if (module := pipeline.components.get(name)) is not None
     }
+    if (controlnet := pipeline.components.get("controlnet")) is not None:
+        found["controlnet"] = Net("controlnet", controlnet, buckets=buckets, reproducible_rows=card.reproducible_rows)
     for name in ENCODERS:
         if (module := pipeline.components.get(name)) is not None:
             found[name] = Net(name, module, width=32)
@@ -176,7 +181,7 @@ def stock(
     for name, net in nets.items():
         if name in DENOISERS:
             replaced[name] = Denoiser(getattr(own, name), net, suspend, watched)
-        elif name in ENCODERS:
+        elif name in ENCODERS or name == "controlnet":
             replaced[name] = Proxy(getattr(own, name), net, suspend)
     for name in AUTOENCODERS:
         if f"{name}.decode" in nets:
@@ -234,6 +239,9 @@ class Proxy:
         return self.suspend(self.call(dict(zip(forward_names(type(self.module)), positional, strict=False)) | named))
 
     def call(self, args: dict[str, Any]) -> Call:
+        t = args.get("timestep")
+        if isinstance(t, Tensor) and not t.is_floating_point():
+            args["timestep"] = t.to(torch.float32)  # samplers disagree on the dtype, and the embedding is float anyway
         rows = next(value.shape[0] for value in args.values() if isinstance(value, Tensor) and value.ndim)
         return Call(self.net, args, rows)
 
@@ -252,9 +260,6 @@ class Denoiser(Proxy):
         self.__dict__["scheduler"] = scheduler
 
     def call(self, args: dict[str, Any]) -> Call:
-        t = args.get("timestep")
-        if isinstance(t, Tensor) and not t.is_floating_point():
-            args["timestep"] = t.to(torch.float32)  # samplers disagree on the dtype, and the embedding is float anyway
         call = super().call(args)
         if self.scheduler is not None:
             call.at, call.estimate = self.scheduler.position, self.scheduler.estimate

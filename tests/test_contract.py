@@ -136,7 +136,18 @@ def with_pictures(service: LocalService) -> Service:
 reached: dict[str, set[int]] = defaultdict(set)  # the statuses that each operation has answered
 asked = 0
 
-BY_TASK = ("task", "image", "mask", "strength", "end_prompt", "end_image", "mix", "guidance")
+BY_TASK = (
+    "task",
+    "image",
+    "mask",
+    "strength",
+    "end_prompt",
+    "end_image",
+    "mix",
+    "control_image",
+    "control_scale",
+    "guidance",
+)
 """What goes together or does not: a random pick of them is nearly always refused."""
 
 
@@ -148,7 +159,7 @@ def what_a_model_narrows(ctx: CheckContext, response: Response, case: schemathes
     """A well-formed request is refused for what its model cannot do, or what does not go together."""
     if is_positive(case) and response.status_code == 422 and case.method == "POST":
         fields = {error["field"] for error in response.json().get("errors", [{"field": "Idempotency-Key"}])}
-        narrowed = {"model", "n", "width", "height", "num_inference_steps", "guidance_scale", "scheduler"}
+        narrowed = {"model", "n", "best_of", "width", "height", "num_inference_steps", "guidance_scale", "scheduler"}
         together = {*BY_TASK, "prompt", "negative_prompt"}
         steering = {f"guidance.{name}" for name in Guidance.model_fields}
         worn = {f"loras.{i}.name" for i in range(4)}

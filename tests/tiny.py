@@ -8,6 +8,7 @@ from diffusers import (
     AmusedPipeline,
     AmusedScheduler,
     AutoencoderKL,
+    ControlNetModel,
     DDIMScheduler,
     DDPMScheduler,
     DiffusionPipeline,
@@ -99,6 +100,15 @@ def stable_diffusion(in_channels: int = 4, cls: Any = StableDiffusionPipeline) -
             requires_safety_checker=False,
         )
     )
+
+
+def controlnet(unet: Any) -> ControlNetModel:
+    """One for such a UNet, whose way out is not of zeros, as it would begin."""
+    torch.manual_seed(1)
+    made: Any = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(16, 32))
+    for layer in (*made.controlnet_down_blocks, made.controlnet_mid_block, made.controlnet_cond_embedding.conv_out):
+        torch.nn.init.normal_(layer.weight, std=0.2)
+    return made.eval()
 
 
 def sdxl() -> DiffusionPipeline:

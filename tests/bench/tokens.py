@@ -5,7 +5,6 @@ Writes docs/dalle.png, docs/parti.png and docs/tokens.png, and prints the figure
 
 from typing import Any
 
-import torch
 from PIL import Image
 
 from models.scoring import Scorer
@@ -50,5 +49,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(2)
     main()
