@@ -65,6 +65,7 @@ SAMPLERS = {  # as the AUTOMATIC1111 web UI spells them, so that it recognises t
     "pndm": "PLMS",
     "lms": "LMS",
     "flow_match": "Flow match",
+    "top_p": "top_p",
 }
 
 

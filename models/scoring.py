@@ -56,11 +56,11 @@ class Judge:
         self.classes: list[str] = [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]
 
     @torch.no_grad()
-    def __call__(self, pictures: list[Image.Image]) -> list[str]:
-        """The class that each looks most like."""
+    def __call__(self, pictures: list[Image.Image]) -> Tensor:
+        """[pictures, classes] log p(class | picture)"""
         pixels = [np.asarray(one.convert("RGB").resize((64, 64), Image.Resampling.BOX)) for one in pictures]
         seen = torch.tensor(np.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1
-        return [self.classes[i] for i in self.model(pixel_values=seen).logits.argmax(1).tolist()]
+        return torch.log_softmax(self.model(pixel_values=seen).logits, -1)
 
 
 def distance_from(picture: Image.Image, colour: tuple[int, int, int]) -> float:

@@ -43,8 +43,8 @@ def small_model(known: bool = True) -> Cascade:
 
 
 @cache
-def shipped(card: ModelCard = GLIDE) -> Cascade:
-    return Cascade(card, None, load_parts(card, "cpu"))
+def shipped(name: str = GLIDE.name) -> Cascade:
+    return Cascade(CARDS[name], None, load_parts(CARDS[name], "cpu"))
 
 
 def asked(**given: Any) -> Parameters:
@@ -258,7 +258,7 @@ def agreement(card: ModelCard, prompts: list[str], captions: list[str] = CAPTION
         asked(model=card.name, prompt=prompt, seed=i, num_inference_steps=8, scheduler="dpmpp_2m", **given)
         for i, prompt in enumerate(prompts)
     ]
-    drawn = [as_image((small[0] / 2 + 0.5).clamp(0, 1)) for small in small_pictures(shipped(card), *requests)]
+    drawn = [as_image((small[0] / 2 + 0.5).clamp(0, 1)) for small in small_pictures(shipped(card.name), *requests)]
     return float((scorer().pictures(drawn) * scorer().captions(captions)).sum(-1).mean())
 
 

@@ -82,7 +82,7 @@ def guided() -> None:
             requests = [(asked(model, prompt=name, seed=i, **given(scale)), NOTHING) for i, name in enumerate(classes)]
             drawn = pictures(model, requests)
             likeness = scorer.pictures(drawn) @ captions.T
-            right = sum(one == name for one, name in zip(judge(drawn), classes, strict=True)) / len(classes)
+            right = float((judge(drawn).argmax(1) == torch.arange(len(classes))).float().mean())
             agrees = float(likeness.diagonal().mean())
             accuracy[kind].append((scale, right))
             agreement[kind].append((scale, agrees))
