@@ -21,7 +21,7 @@ DELIMITERS = {".tsv": "\t", ".csv": ","}
 AT_ONCE = 16
 
 
-class Prompt(BaseModel, extra="forbid"):
+class Prompt(BaseModel, extra="forbid", str_strip_whitespace=True):
     category: str
     prompt: str
     background: str | None = None  # one of the suite's colours
@@ -54,7 +54,7 @@ def table(path: Path) -> Iterator[Prompt]:
     """The prompts of a file with columns, as PartiPrompts (`Prompt`, `Category`) and DrawBench (`Prompts`) come.
 
     Raises:
-        ValueError: a column is missing.
+        ValueError: a column is missing, or a row is short.
     """
     with path.open(newline="", encoding="utf-8-sig") as file:
         rows = csv.DictReader(file, delimiter=DELIMITERS[path.suffix])
@@ -63,7 +63,7 @@ def table(path: Path) -> Iterator[Prompt]:
         if prompt is None or "Category" not in columns:
             raise ValueError(f"{path} needs the columns Prompt and Category; it has {', '.join(columns)}")
         for row in rows:
-            yield Prompt(category=row["Category"].strip(), prompt=row[prompt].strip())
+            yield Prompt.model_validate({"category": row["Category"], "prompt": row[prompt]})
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ class Autoregressive(Guided):
         self.sampling = card.sampling
         self.modules = modules_of(parts.values())
         self.codebook = self.vq.quantize.embedding.weight.float()
-        self.codes: int = self.writer.cache_shape[3]  # of a picture
+        self.places: int = self.writer.cache_shape[3]  # for codes, in a picture
         self.denoiser = Net(
             "write",
             self.write,
@@ -80,7 +80,7 @@ class Autoregressive(Guided):
 
     def latents(self, codes: Tensor) -> Tensor:
         """[rows, length] to [rows, C, h, w] float32"""
-        return self.codebook[codes].unflatten(1, (isqrt(self.codes), -1)).permute(0, 3, 1, 2)
+        return self.codebook[codes].unflatten(1, (isqrt(self.places), -1)).permute(0, 3, 1, 2)
 
     def fit_colours(self) -> LatentColours:
         return LatentColours.fit(lambda x: self.vq.encode(x.to(self.dtype)).latents, self.device)
@@ -101,7 +101,7 @@ class Autoregressive(Guided):
         }
         rng, size = generator(seed), len(self.codebook)
         cache = torch.zeros(rows, *self.writer.cache_shape, dtype=self.dtype, device=self.device)
-        codes = torch.zeros(r.best_of, self.codes, dtype=torch.long, device=self.device)
+        codes = torch.zeros(r.best_of, self.places, dtype=torch.long, device=self.device)
         code, estimate = torch.full((rows,), size, device=self.device), None
         for i in range(r.num_inference_steps):
             noise = gumbel((r.best_of, size), rng).to(self.device).repeat_interleave(each, 0)

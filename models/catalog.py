@@ -112,8 +112,7 @@ class ModelCard(Strict):
     classes: list[str] = []  # of a class-conditional model, which draws nothing else
     parts: dict[str, str] = {}  # what it has beside the source, by name: `place_of` one, or `hub:repository@revision`
     loras: dict[str, str] = {}  # adapters that requests may ask for: places as of `parts`
-    sampling: Sampling | None = None  # of models that write codes
-    fixed_steps: bool = False  # the default `num_inference_steps` is the only one
+    sampling: Sampling | None = None  # of models that write codes, one a step: they take no other number of steps
     stages: dict[str, Stage] = {}  # beside the one that a request decides: unCLIP's prior, a cascade's upsampler
     size: Size
     limits: ModelLimits
@@ -130,6 +129,10 @@ class ModelCard(Strict):
         ordinary = GenerationRequest.model_validate({"prompt": "an ordinary one", **size, **defaults})
         if self.loras and self.family not in ADAPTABLE:
             raise ValueError(f"loras: the family {self.family} has none; {' and '.join(ADAPTABLE)} have")
+        if self.controlled and self.family != "diffusers":
+            raise ValueError(f"parts.controlnet: the family {self.family} has none; diffusers has")
+        if self.limits.best_of > 1 and "clip" not in self.parts:
+            raise ValueError("limits.best_of: it needs a part `clip`, to choose")
         if problems := [f"default {field}: {what}" for field, what in self._limit_problems(ordinary)]:
             raise ValueError("; ".join(problems))
         return self
@@ -182,7 +185,7 @@ class ModelCard(Strict):
             if value is not None and value > limit:
                 yield field, f"{value} is more than {self.name} allows ({limit})"
         steps = self.defaults.num_inference_steps
-        if self.fixed_steps and request.num_inference_steps not in (None, steps):
+        if self.sampling and request.num_inference_steps not in (None, steps):
             yield "num_inference_steps", f"{self.name} always takes {steps}"
         if request.scheduler is not None and request.scheduler not in self.schedulers:
             yield "scheduler", f"{self.name} has no {request.scheduler!r}; it has {', '.join(self.schedulers)}"

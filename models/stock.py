@@ -50,7 +50,7 @@ class StockPipelines:
     """One resident model, run through diffusers' own pipelines for each task."""
 
     def __init__(self, card: ModelCard, pipeline: Any, parts: Mapping[str, Any] = NO_PARTS):
-        self.card, control = card, {name: parts[name] for name in ("controlnet",) if name in parts}
+        self.card, control = card, {"controlnet": parts["controlnet"]} if card.controlled else {}
         self.pipelines = {task: AUTO[task].from_pipe(pipeline, **control) for task in card.tasks}
         self.pipeline = pipeline = next(iter(self.pipelines.values())) if control else pipeline
         self.modules = modules_of(pipeline.components.values())
@@ -118,7 +118,7 @@ def nets(pipeline: Any, card: ModelCard) -> dict[str, Net]:
         for name in DENOISERS
         if (module := pipeline.components.get(name)) is not None
     }
-    if (controlnet := pipeline.components.get("controlnet")) is not None:
+    if (controlnet := pipeline.components.get("controlnet")) is not None:  # too much for a journal: it looks again
         found["controlnet"] = Net("controlnet", controlnet, buckets=buckets, reproducible_rows=card.reproducible_rows)
     for name in ENCODERS:
         if (module := pipeline.components.get(name)) is not None:

@@ -168,3 +168,16 @@ def test_a_class_conditional_model_draws_its_classes_and_nothing_else():
     classes = Catalog.read(["emoji-classes"]).default
     assert fields(classes) == []
     assert fields(classes, prompt="a dog on the moon", negative_prompt="cat") == ["prompt", "negative_prompt"]
+
+
+@pytest.mark.parametrize(
+    ("name", "parts", "message"),
+    [
+        ("sd15", {"controlnet": "somewhere"}, "parts.controlnet: the family stable-diffusion has none"),
+        ("emoji-dalle", {}, "limits.best_of: it needs a part `clip`, to choose"),
+    ],
+)
+def test_a_card_promises_nothing_that_its_family_or_parts_cannot_keep(name: str, parts: dict[str, str], message: str):
+    card = Catalog.read([name])[name]
+    with pytest.raises(ValueError, match=message):
+        ModelCard.model_validate(card.model_dump() | {"parts": parts})

@@ -47,6 +47,12 @@ def test_public_prompt_lists_are_suites_as_they_come(name: str, text: str, tmp_p
     assert [(one.category, one.prompt) for one in suite.prompts] == [("Food", "a bowl, of soup"), ("Abstract", "bond")]
 
 
+def test_a_table_with_a_short_row_says_what_is_missing(tmp_path: Path):
+    (tmp_path / "words.csv").write_text("Prompt,Category\na cat\n")
+    with pytest.raises(ValueError, match=r"category"):
+        Suite.read(str(tmp_path / "words.csv"))
+
+
 def test_a_table_without_prompts_says_what_it_needs(tmp_path: Path):
     (tmp_path / "words.csv").write_text("Word,Category\na,b\n")
     with pytest.raises(ValueError, match=r"needs the columns Prompt and Category; it has Word, Category"):

@@ -92,7 +92,10 @@ def main() -> None:
     given = options(__doc__, parser)
     pixels, told = read(given.work, "pixels", "context")
     nothing = Encoders().context([""])[0]
-    model: Any = begin(pixels) if given.begin is None else UNet2DConditionModel.from_pretrained(given.begin)
+    if given.begin:
+        model: Any = UNet2DConditionModel.from_pretrained(given.begin, torch_dtype=torch.float32)
+    else:
+        model = begin(pixels)
     alphas_cumprod = alphas_of("emoji-sd/scheduler")
     run = Run("glide", model.train(), LEARNING_RATE, given, decay=0.999)
     for rows in run.batches(len(pixels), BATCH):
