@@ -1,5 +1,6 @@
 """Real parts: a Valkey for whoever asks, and one whole service, with the shipped model, for all tests that share it."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,10 @@ from redis import Redis
 
 from app.local import EmbeddedRedis, LocalService
 from app.settings import Settings
+
+# Two processes of tests, and the workers they start, share the cores. With more OpenMP threads than cores, each barrier
+# of a pass waits for a thread that another process keeps from running: a pass of 40 ms took seconds.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True)

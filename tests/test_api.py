@@ -49,9 +49,10 @@ def waiting(idle: LocalService) -> Iterator[httpx2.Client]:
 def drawn(service: LocalService) -> dict[str, Any]:
     """Two pictures, done."""
     request = GOOD | {"n": 2, "num_inference_steps": 6, "seed": 7, "preview_every": 2, "metadata": {"for": "a test"}}
-    answer = httpx2.post(service.url + URL, json=request, headers=WAIT, timeout=60)
-    assert answer.json()["status"] == "succeeded", answer.text
-    return answer.json()
+    with httpx2.Client(base_url=service.url, timeout=60) as http:
+        done = polled(http, http.post(URL, json=request).headers["location"])
+    assert done["status"] == "succeeded", done
+    return done
 
 
 class Sent(NamedTuple):
@@ -87,7 +88,7 @@ def heard(http: httpx2.Client, id: str, **headers: str) -> list[Sent]:
 
 
 def polled(http: httpx2.Client, location: str) -> dict[str, Any]:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while (shown := http.get(location).json())["status"] not in events.ENDED:
         assert time.monotonic() < deadline
         time.sleep(0.02)
