@@ -116,6 +116,9 @@ def generate(
     control_image: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="What a ControlNet follows.")
     ] = None,
+    ip_adapter_image: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="What an IP-Adapter takes up.")
+    ] = None,
     mix: Annotated[float | None, typer.Option(help="Where between the ends, from 0 to 1.")] = None,
     reproducible: bool = False,
     url: Annotated[str, typer.Option(envvar="DARKROOM_URL", help="A running service.")] = "http://127.0.0.1:8000",
@@ -144,6 +147,7 @@ def generate(
         "end_prompt": end_prompt,
         "end_image": encoded(end_image),
         "control_image": encoded(control_image),
+        "ip_adapter_image": encoded(ip_adapter_image),
         "mix": mix,
         "reproducible": reproducible,
         "output_format": output_format(output),

@@ -21,7 +21,8 @@ TAKES: dict[Task, tuple[tuple[str, ...], tuple[str, ...]]] = {  # what each need
     "interpolate": ((), ("prompt", "image", "end_prompt", "end_image", "mix")),
     "upscale": (("image",), ("prompt",)),
 }
-PICTURES = ("image", "mask", "end_image", "control_image")
+PICTURES = ("image", "mask", "end_image", "control_image", "ip_adapter_image")
+Guiding = Literal["control_image", "ip_adapter_image"]
 
 MAX_SEED = 2**53 - 1  # the largest integer that JSON clients in JavaScript keep
 
@@ -120,6 +121,10 @@ class GenerationRequest(BaseModel, frozen=True):
         None, description="What a model with a ControlNet follows: edges, depth or a pose, as the model says."
     )
     control_scale: float | None = Field(None, ge=0, le=2, description="How closely; 1 if unset.")
+    ip_adapter_image: str | None = Field(
+        None, description="What a model with an IP-Adapter takes up: the things, the style, not the places."
+    )
+    ip_adapter_scale: float | None = Field(None, ge=0, le=2, description="How much of it; 1 if unset.")
     mix: float | None = Field(None, ge=0, le=1, description="Where between the two ends: 0 is the first. 0.5 if unset.")
     loras: list[Lora] = Field(default=[], max_length=4, description="LoRA adapters to draw with, each once.")
     output_format: OutputFormat = "png"
@@ -173,8 +178,9 @@ class GenerationRequest(BaseModel, frozen=True):
                     yield prompt, f"interpolate needs either `{prompt}` or `{image}`"
         if kind == "variation" and self.end_prompt is not None and self.prompt is None:
             yield "prompt", "a variation moves as `end_prompt` differs from `prompt`"
-        if self.control_scale is not None and self.control_image is None:
-            yield "control_scale", "needs a `control_image`"
+        for scale, picture in (("control_scale", "control_image"), ("ip_adapter_scale", "ip_adapter_image")):
+            if getattr(self, scale) is not None and getattr(self, picture) is None:
+                yield scale, f"needs a `{picture}`"
         names = [lora.name for lora in self.loras]
         for i, name in enumerate(names):
             if name in names[:i]:
@@ -294,7 +300,7 @@ class Model(BaseModel):
     tasks: list[Task]
     guidance: list[Guide]
     classes: list[str] = Field([], description="What a class-conditional model draws: its prompts are these.")
-    controlled: bool = Field(False, description="Whether it needs a `control_image`; others take none.")
+    needs: list[Guiding] = Field([], description="Pictures that its requests must bring, and others may not.")
     loras: list[str] = Field([], description="LoRA adapters, by the names that requests call them.")
     size: Size
     limits: ModelLimits

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from app.schemas import GenerationRequest, Guide, Model, ModelDefaults, ModelLimits, Size, Task
+from app.schemas import GenerationRequest, Guide, Guiding, Model, ModelDefaults, ModelLimits, Size, Task
 
 CARDS = Path(__file__).parent / "cards"
 WEIGHTS = Path(__file__).parent / "weights"
@@ -94,6 +94,10 @@ class Sampling(Strict):
 
 
 ADAPTABLE = ("stable-diffusion", "diffusers")  # families whose programs put adapters on
+GUIDED_BY: dict[str, tuple[Guiding, str]] = {  # parts of a model that look at a picture of the request's
+    "controlnet": ("control_image", "ControlNet"),  # Zhang et al. 2023
+    "ip_adapter": ("ip_adapter_image", "IP-Adapter"),  # Ye et al. 2023
+}
 
 
 class ModelCard(Strict):
@@ -110,7 +114,7 @@ class ModelCard(Strict):
     tasks: list[Task]
     guidance: list[Guide] = ["classifier_free"]
     classes: list[str] = []  # of a class-conditional model, which draws nothing else
-    parts: dict[str, str] = {}  # what it has beside the source, by name: `place_of` one, or `hub:repository@revision`
+    parts: dict[str, str] = {}  # what it has beside the source, by name: `place_of` one, or `hub:repository[/path]@revision`
     loras: dict[str, str] = {}  # adapters that requests may ask for: places as of `parts`
     sampling: Sampling | None = None  # of models that write codes, one a step: they take no other number of steps
     stages: dict[str, Stage] = {}  # beside the one that a request decides: unCLIP's prior, a cascade's upsampler
@@ -129,8 +133,11 @@ class ModelCard(Strict):
         ordinary = GenerationRequest.model_validate({"prompt": "an ordinary one", **size, **defaults})
         if self.loras and self.family not in ADAPTABLE:
             raise ValueError(f"loras: the family {self.family} has none; {' and '.join(ADAPTABLE)} have")
-        if self.controlled and self.family != "diffusers":
-            raise ValueError(f"parts.controlnet: the family {self.family} has none; diffusers has")
+        for part in GUIDED_BY:
+            if part in self.parts and self.family != "diffusers":
+                raise ValueError(f"parts.{part}: the family {self.family} has none; diffusers has")
+        if ("ip_adapter" in self.parts) != ("image_encoder" in self.parts):
+            raise ValueError("parts: an ip_adapter and the image_encoder that it was trained with go together")
         if self.limits.best_of > 1 and "clip" not in self.parts:
             raise ValueError("limits.best_of: it needs a part `clip`, to choose")
         if problems := [f"default {field}: {what}" for field, what in self._limit_problems(ordinary)]:
@@ -138,9 +145,9 @@ class ModelCard(Strict):
         return self
 
     @property
-    def controlled(self) -> bool:
-        """Whether it draws with a ControlNet (Zhang et al. 2023)."""
-        return "controlnet" in self.parts
+    def needs(self) -> list[Guiding]:
+        """Pictures that each request must bring, for the model's parts to look at."""
+        return [picture for part, (picture, _) in GUIDED_BY.items() if part in self.parts]
 
     def public(self) -> Model:
         """The part of the card that clients see."""
@@ -153,9 +160,10 @@ class ModelCard(Strict):
         yield from request.problems()
         if request.kind not in self.tasks:
             yield self._what_made_it(request), f"{self.name} does not do {request.kind}"
-        if self.controlled != (request.control_image is not None):
-            what = "needs one, for its ControlNet" if self.controlled else "has no ControlNet"
-            yield "control_image", f"{self.name} {what}"
+        for picture, part in GUIDED_BY.values():
+            if (picture in self.needs) != (getattr(request, picture) is not None):
+                what = f"needs one, for its {part}" if picture in self.needs else f"has no {part}"
+                yield picture, f"{self.name} {what}"
         for i, lora in enumerate(request.loras):
             if lora.name not in self.loras:
                 yield f"loras.{i}.name", f"{self.name} has no {lora.name!r}; it has {', '.join(self.loras) or 'none'}"

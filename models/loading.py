@@ -11,6 +11,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import diffusers
+import safetensors.torch
 import torch
 import transformers
 from diffusers import ControlNetModel, DiffusionPipeline, PriorTransformer, UNet2DConditionModel, UNet2DModel, VQModel
@@ -19,7 +20,7 @@ from httpx2 import HTTPError
 from huggingface_hub import get_cached_repo_tree, snapshot_download
 from huggingface_hub.errors import CachedRepoTreeNotFoundError, GatedRepoError
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from models.catalog import WEIGHTS, Folder, Hub, ModelCard, Parts, SingleFile, place_of
@@ -94,9 +95,11 @@ def adapter_file(place: str) -> Path:
 
 
 def adapter_folder(place: str) -> Path:
-    if (hub := hub_of(place)) is None:
+    hub, inside = hub_of(place)
+    if hub is None:
         return place_of(place)
-    return Path(snapshot_download(hub.repository, revision=hub.revision, allow_patterns=["*.safetensors"]))
+    files = inside or "*.safetensors"
+    return Path(snapshot_download(hub.repository, revision=hub.revision, allow_patterns=[files]), inside)
 
 
 @contextmanager
@@ -125,6 +128,7 @@ PARTS: dict[str, Any] = {
     "ControlNetModel": ControlNetModel,
     "CLIPModel": transformers.CLIPModel,
     "CLIPTextModel": transformers.CLIPTextModel,
+    "CLIPVisionModelWithProjection": transformers.CLIPVisionModelWithProjection,
     "Ear": Ear,
     "ImageProjection": ImageProjection,
     "JanusForConditionalGeneration": transformers.JanusForConditionalGeneration,
@@ -148,22 +152,38 @@ def load_parts(card: ModelCard, device: str) -> dict[str, Any]:
     parts: dict[str, Any] = {}
     for name, path in card.parts.items():
         with reading(card, f"its {name} from {path}"):
-            parts[name] = load_part(name, folder_of(path), dtype, device)
+            is_file = name == "ip_adapter"
+            parts[name] = (
+                read_ip_adapter(adapter_file(path)) if is_file else load_part(name, folder_of(path), dtype, device)
+            )
     return parts
 
 
 def folder_of(path: str) -> Path:
     """Of a part; what the hub has is fetched."""
-    hub = hub_of(path)
-    return download(hub) if hub else place_of(path)
+    hub, inside = hub_of(path)
+    return download(hub, inside) if hub else place_of(path)
 
 
-def hub_of(place: str) -> Hub | None:
-    """What `hub:repository@revision` names."""
+def hub_of(place: str) -> tuple[Hub | None, str]:
+    """What `hub:owner/name@revision` names, or `hub:owner/name/path/in/it@revision`: the repository, and the path."""
     if not place.startswith("hub:"):
-        return None
-    repository, _, revision = place.removeprefix("hub:").partition("@")
-    return Hub(kind="hub", repository=repository, revision=revision or "main")
+        return None, ""
+    path, _, revision = place.removeprefix("hub:").partition("@")
+    owner, name, *inside = path.split("/")
+    return Hub(kind="hub", repository=f"{owner}/{name}", revision=revision or "main"), "/".join(inside)
+
+
+def read_ip_adapter(file: Path) -> dict[str, dict[str, Tensor]]:
+    """Its two halves, as diffusers takes them: what looks at the picture, and the attention to what that saw."""
+    weights = safetensors.torch.load_file(file)
+    halves = {"image_proj": {}, "ip_adapter": {}}
+    for name, tensor in weights.items():
+        half, _, rest = name.partition(".")
+        if half not in halves:
+            raise ValueError(f"{file} is no IP-Adapter: it has {name}")
+        halves[half][rest] = tensor
+    return halves
 
 
 def load_part(name: str, folder: Path, dtype: torch.dtype, device: str) -> Any:
@@ -211,11 +231,20 @@ def from_single_file(file: Path, config: Path, dtype: torch.dtype) -> Any:
     return cls.from_single_file(str(file), config=str(config), dtype=dtype, local_files_only=True, **checker)
 
 
-def download(hub: Hub) -> Path:
-    """The folder in the hub's cache with what the pipeline or the single model needs: enough while the hub is away."""
+def download(hub: Hub, inside: str = "") -> Path:
+    """The folder in the hub's cache with what the pipeline or the single model needs: enough while the hub is away.
+
+    Args:
+        inside: where in the repository the model is, if that has several.
+    """
     snapshot = Path(snapshot_download(hub.repository, revision=hub.revision, allow_patterns=[INDEX]))
     commit = snapshot.name  # what is judged here is what will be fetched, should the branch move meanwhile
     files = [PurePath(file.path) for file in get_cached_repo_tree(hub.repository, revision=commit)]
+    if inside:
+        own = [file.relative_to(inside) for file in files if file.is_relative_to(inside)]
+        refuse_pickles(PurePath(hub.repository, inside), own, {})
+        wanted = [f"{inside}/{pattern}" for pattern in WITHOUT_INDEX]
+        return Path(snapshot_download(hub.repository, revision=commit, allow_patterns=wanted), inside)
     index = read_index(snapshot)
     refuse_pickles(PurePath(hub.repository), files, index)
     if not index:  # a model of transformers, say

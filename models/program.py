@@ -57,6 +57,7 @@ class Inputs:
     mask: Image.Image | None = None
     end_image: Image.Image | None = None
     control_image: Image.Image | None = None
+    ip_adapter_image: Image.Image | None = None
 
 
 Program = Generator[Call, Any, Tensor]

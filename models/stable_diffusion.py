@@ -15,9 +15,9 @@ from torch import Tensor
 
 from app.schemas import Parameters
 from models import guidance, samplers
+from models.adapters import PLAIN, Wardrobe
 from models.catalog import ModelCard
 from models.guided import Guided, hole_of, modules_of, skipped_steps
-from models.lora import Wardrobe
 from models.preview import LatentColours
 from models.program import Call, Inputs, Net, Program, generator
 from models.sampling import Span, denoised, moved
@@ -32,7 +32,7 @@ class StableDiffusion(Guided):
         super().__init__(card, pipeline.tokenizer, pipeline.unet, parts)
         self.pipeline = pipeline
         self.wardrobe = Wardrobe(pipeline, card.loras)
-        self.text_encoder.run = self.wardrobe.wearing((), self.encode_text)
+        self.text_encoder.run = self.wardrobe.wearing(PLAIN, self.encode_text)
         self.modules = modules_of([*pipeline.components.values(), *parts.values()])
         self.scheduler_config = samplers.frozen_config(pipeline.scheduler)
         self.scaling = pipeline.vae.config.scaling_factor
@@ -40,7 +40,7 @@ class StableDiffusion(Guided):
         self.inpaints_by_blending = pipeline.unet.config.in_channels == self.channels
         self.denoiser = Net(
             "denoise",
-            self.wardrobe.wearing((), self.denoise),
+            self.wardrobe.wearing(PLAIN, self.denoise),
             buckets=self.buckets,
             reproducible_rows=card.reproducible_rows,
             journaled=True,

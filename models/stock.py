@@ -25,9 +25,9 @@ from torch import Tensor
 
 from app.schemas import Parameters, Task
 from models import samplers
+from models.adapters import PLAIN, Wardrobe, give_ip_adapter
 from models.catalog import ModelCard
 from models.guided import modules_of, unseen
-from models.lora import Wardrobe
 from models.preview import LatentColours
 from models.program import BUCKETS, Call, Inputs, Net, Program, generator
 from models.stable_diffusion import NO_PARTS
@@ -50,7 +50,9 @@ class StockPipelines:
     """One resident model, run through diffusers' own pipelines for each task."""
 
     def __init__(self, card: ModelCard, pipeline: Any, parts: Mapping[str, Any] = NO_PARTS):
-        self.card, control = card, {"controlnet": parts["controlnet"]} if card.controlled else {}
+        self.card, control = card, {"controlnet": parts["controlnet"]} if "controlnet" in parts else {}
+        if looks := "ip_adapter" in parts:
+            give_ip_adapter(pipeline, parts["ip_adapter"], parts["image_encoder"])
         self.pipelines = {task: AUTO[task].from_pipe(pipeline, **control) for task in card.tasks}
         self.pipeline = pipeline = next(iter(self.pipelines.values())) if control else pipeline
         self.modules = modules_of(pipeline.components.values())
@@ -59,9 +61,9 @@ class StockPipelines:
         if pipeline.vae.config.force_upcast and pipeline.vae.dtype == torch.float16:
             pipeline.vae.to(torch.float32)  # each request would otherwise do so and undo it, under the others' feet
         self.scheduler_config = samplers.frozen_config(pipeline.scheduler)
-        self.nets, self.wardrobe = nets(pipeline, card), Wardrobe(pipeline, card.loras)
+        self.nets, self.wardrobe = nets(pipeline, card), Wardrobe(pipeline, card.loras, looks)
         for net in self.nets.values():
-            net.run = self.wardrobe.wearing((), net.run)
+            net.run = self.wardrobe.wearing(PLAIN, net.run)
         self.denoiser = next(self.nets[name] for name in DENOISERS if name in self.nets)
         self.decoder = self.nets["vae.decode"]
         self.device = self.pipeline.device
@@ -77,9 +79,10 @@ class StockPipelines:
             "guidance_scale": r.guidance_scale,
             "width": r.width,
             "height": r.height,
-            "image": inputs.control_image if self.card.controlled and inputs.image is None else inputs.image,
+            "image": inputs.image or inputs.control_image,  # without `image`, that is what a ControlNet's is called
             "control_image": inputs.control_image,
             "controlnet_conditioning_scale": 1.0 if r.control_scale is None else r.control_scale,
+            "ip_adapter_image": inputs.ip_adapter_image,
             "mask_image": inputs.mask,
             "strength": r.strength,
             "guidance_rescale": r.guidance.rescale,

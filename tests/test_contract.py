@@ -146,6 +146,8 @@ BY_TASK = (
     "mix",
     "control_image",
     "control_scale",
+    "ip_adapter_image",
+    "ip_adapter_scale",
     "guidance",
 )
 """What goes together or does not: a random pick of them is nearly always refused."""

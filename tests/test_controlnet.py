@@ -18,6 +18,7 @@ from tests import tiny
 from tests.test_journal import resumed_with_the_same_bytes
 from tests.test_stable_diffusion import as_image, run_out
 from tests.test_stock import asked
+from workers.curve import warm_up
 from workers.engine import Engine, Pass
 
 CARD = Catalog.read(["sd15-canny"])["sd15-canny"]
@@ -31,7 +32,8 @@ CLASSES: dict[Task, Any] = {
 def resident() -> StockPipelines:
     pipeline: Any = tiny.stable_diffusion()
     limits = CARD.limits.model_copy(update={"prompt_tokens": tiny.TOKENS})
-    card = CARD.model_copy(update={"limits": limits, "reproducible_rows": 4})
+    size = CARD.size.model_copy(update={"width": 32, "height": 32})
+    card = CARD.model_copy(update={"limits": limits, "size": size, "reproducible_rows": 4})
     return StockPipelines(card, pipeline.to(torch.float64), {"controlnet": tiny.controlnet(pipeline.unet).double()})
 
 
@@ -88,6 +90,10 @@ def test_another_picture_to_follow_makes_another_picture():
 def test_it_goes_on_with_the_same_bytes():
     r, inputs = following("text-to-image", 3, reproducible=True)
     resumed_with_the_same_bytes(resident(), r, inputs)
+
+
+def test_it_is_measured_before_its_first_request():
+    assert {net.name for net in warm_up(resident(), 4)} == {"unet", "vae.decode"}
 
 
 @pytest.mark.parametrize(

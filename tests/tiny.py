@@ -111,6 +111,20 @@ def controlnet(unet: Any) -> ControlNetModel:
     return made.eval()
 
 
+def ip_adapter(unet: Any) -> dict[str, dict[str, torch.Tensor]]:
+    """Weights for such a UNet, in the two halves that diffusers reads."""
+    torch.manual_seed(1)
+    words = 4
+    seen = {"proj.weight": torch.randn(words * WIDTH, WIDTH) / 4, "proj.bias": torch.zeros(words * WIDTH)}
+    seen |= {"norm.weight": torch.ones(WIDTH), "norm.bias": torch.zeros(WIDTH)}
+    crossing = [name.removesuffix(".processor") for name in unet.attn_processors if name.endswith("attn2.processor")]
+    attended = dict[str, torch.Tensor]()
+    for i, name in enumerate(crossing):
+        inner, width = unet.get_submodule(name).to_k.weight.shape
+        attended |= {f"{2 * i + 1}.to_{it}_ip.weight": torch.randn(inner, width) / 4 for it in ("k", "v")}
+    return {"image_proj": seen, "ip_adapter": attended}
+
+
 def sdxl() -> DiffusionPipeline:
     torch.manual_seed(0)
     scheduler: Any = EulerDiscreteScheduler(timestep_spacing="leading", **STABLE_DIFFUSION_NOISE)
@@ -378,18 +392,9 @@ def unclip_scheduler(kind: str, predicts: str, **config: Any) -> UnCLIPScheduler
 
 def kandinsky() -> tuple[DiffusionPipeline, DiffusionPipeline]:
     torch.manual_seed(0)
-    vision = CLIPVisionConfig(
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        image_size=32,
-        patch_size=8,
-        projection_dim=WIDTH,
-    )
     first = KandinskyV22PriorPipeline(
         prior=prior(),
-        image_encoder=CLIPVisionModelWithProjection(vision).eval(),
+        image_encoder=clip_vision(),
         text_encoder=clip_text(CLIPTextModelWithProjection),
         tokenizer=clip_tokenizer(),
         image_processor=CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
@@ -546,6 +551,19 @@ def clip_text(cls: Any = CLIPTextModel, width: int = WIDTH) -> Any:
             pad_token_id=end,
         )
     ).eval()
+
+
+def clip_vision() -> CLIPVisionModelWithProjection:
+    config = CLIPVisionConfig(
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=32,
+        patch_size=8,
+        projection_dim=WIDTH,
+    )
+    return CLIPVisionModelWithProjection(config).eval()
 
 
 def clip_tokenizer() -> CLIPTokenizer:

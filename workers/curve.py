@@ -49,6 +49,7 @@ def example_calls(resident: Resident) -> tuple[Call, Call]:
     """A denoising call with guidance and the decoding call of an ordinary picture."""
     card = resident.card
     enlarges = "text-to-image" not in card.tasks
+    gray = Image.new("RGB", (card.size.width, card.size.height), "gray")
     request = Parameters.model_validate(
         {
             "model": card.name,
@@ -62,7 +63,7 @@ def example_calls(resident: Resident) -> tuple[Call, Call]:
             "seed": 0,
         }
     )
-    given = Inputs(Image.new("RGB", (card.size.width, card.size.height), "gray") if enlarges else None)
+    given = Inputs(gray if enlarges else None, **dict.fromkeys(card.needs, gray))
     with closing(resident.draw(request, 0, given)) as program:
         call = run_until(program, program.send(None), resident.denoiser)
         return call, run_until(program, call, resident.decoder)

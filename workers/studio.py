@@ -201,6 +201,8 @@ class Studio:
             if getattr(parameters, field) is None:
                 return None
             image = Image.open(io.BytesIO(self.blobs.open(input_key(id, field))))
+            if field == "ip_adapter_image":  # seen as a whole, by an encoder with a size of its own
+                return image
             return image.resize((parameters.width, parameters.height), Image.Resampling.LANCZOS)
 
         past = [self.journal.read(record) for record in records] if self.journal and records[0].attempt > 1 else []

@@ -21,7 +21,7 @@ from app.errors import NotFound, TooManyListeners, UnsupportedMediaType
 from app.files import file_response
 from app.images import MEDIA_TYPES
 from app.jobs import Jobs, Record
-from app.schemas import Generation, GenerationFilter, GenerationList, GenerationRequest
+from app.schemas import PICTURES, Generation, GenerationFilter, GenerationList, GenerationRequest
 from app.settings import Settings
 from app.storage import preview_key
 
@@ -135,7 +135,8 @@ async def create(
     idempotency_key: IdempotencyKey = None,
 ) -> Generation:
     """Queue a generation."""
-    threads = request.app.state.decoders if body.image is not None else None
+    brings_pictures = any(getattr(body, field) is not None for field in PICTURES)
+    threads = request.app.state.decoders if brings_pictures else None
     submit = partial(jobs.submit, body, owner, idempotency_key)
     generation, replayed = await anyio.to_thread.run_sync(submit, limiter=threads)
     if wait:
