@@ -119,6 +119,8 @@ def generate(
     ip_adapter_image: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="What an IP-Adapter takes up.")
     ] = None,
+    num_frames: Annotated[int | None, typer.Option(help="How long a video is to be.")] = None,
+    fps: Annotated[int | None, typer.Option(help="Its frames a second.")] = None,
     mix: Annotated[float | None, typer.Option(help="Where between the ends, from 0 to 1.")] = None,
     reproducible: bool = False,
     url: Annotated[str, typer.Option(envvar="DARKROOM_URL", help="A running service.")] = "http://127.0.0.1:8000",
@@ -148,6 +150,8 @@ def generate(
         "end_image": encoded(end_image),
         "control_image": encoded(control_image),
         "ip_adapter_image": encoded(ip_adapter_image),
+        "num_frames": num_frames,
+        "fps": fps,
         "mix": mix,
         "reproducible": reproducible,
         "output_format": output_format(output),
@@ -299,11 +303,11 @@ def required_redis(settings: Settings) -> str:
 
 
 def output_format(path: Path) -> str:
-    """By the file's name: .png, .jpg, .jpeg, .webp or .avif."""
+    """By the file's name: .png, .jpg, .jpeg, .webp, .avif or .mp4."""
     suffix = path.suffix.lower().lstrip(".")
-    known = {"png": "png", "jpg": "jpeg", "jpeg": "jpeg", "webp": "webp", "avif": "avif"}
+    known = {"png": "png", "jpg": "jpeg", "jpeg": "jpeg", "webp": "webp", "avif": "avif", "mp4": "mp4"}
     if suffix not in known:
-        raise typer.BadParameter(f"{path}: a picture's name ends in .png, .jpg, .webp or .avif")
+        raise typer.BadParameter(f"{path}: a picture's name ends in .png, .jpg, .webp or .avif, a video's also in .mp4")
     return known[suffix]
 
 

@@ -5,6 +5,7 @@ import io
 import json
 import struct
 from importlib.metadata import version
+from typing import Any
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
@@ -14,7 +15,13 @@ from app.schemas import OutputFormat, Parameters
 
 VERSION = version("darkroom")
 
-MEDIA_TYPES: dict[str, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp", "avif": "image/avif"}
+MEDIA_TYPES: dict[str, str] = {
+    "png": "image/png",
+    "jpeg": "image/jpeg",
+    "webp": "image/webp",
+    "avif": "image/avif",
+    "mp4": "video/mp4",
+}
 
 ACCEPTED = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP")  # what browsers show; every further decoder is a way in
 
@@ -105,16 +112,20 @@ def encode(picture: Image.Image | Image.SupportsArrayInterface, output_format: O
     """
     image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
     out = io.BytesIO()
+    image.save(out, output_format, **saved_as(output_format, text))
+    return out.getvalue()
+
+
+def saved_as(output_format: OutputFormat, text: str) -> dict[str, Any]:
+    """How Pillow is to write such a file, and where in it the text goes."""
     if output_format == "png":
         chunks = PngInfo()
         chunks.add_text("parameters", text)  # tEXt if Latin-1 can hold it, else iTXt
-        image.save(out, "PNG", compress_level=PNG_LEVEL, pnginfo=chunks)
-    else:
-        exif = _user_comment(text)
-        if output_format == "jpeg" and len(exif) > MAX_JPEG_EXIF:
-            exif = b""  # only two prompts full of emoji are that long; half a prompt would describe another picture
-        image.save(out, output_format, exif=exif, **LOSSY[output_format])
-    return out.getvalue()
+        return {"compress_level": PNG_LEVEL, "pnginfo": chunks}
+    exif = _user_comment(text)
+    if output_format == "jpeg" and len(exif) > MAX_JPEG_EXIF:
+        exif = b""  # only two prompts full of emoji are that long; half a prompt would describe another picture
+    return {"exif": exif, **LOSSY[output_format]}
 
 
 def parameters_text(parameters: Parameters, seed: int) -> str:
@@ -127,6 +138,8 @@ def parameters_text(parameters: Parameters, seed: int) -> str:
         "Size": f"{parameters.width}x{parameters.height}",
         "Model": parameters.model,
         "Denoising strength": parameters.strength,
+        "Frames": parameters.num_frames,
+        "FPS": parameters.fps,
         "Version": f"Darkroom {VERSION}",
     }
     facts |= {f"Guidance {name}": getattr(parameters.guidance, name) for name in parameters.guidance.asked}

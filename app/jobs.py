@@ -290,7 +290,7 @@ class Jobs:
             eta=eta,
             progress=progress(record),
             images=[
-                Image(url=f"/v1/generations/{id}/images/{i}", **{k: image[k] for k in ("seed", "width", "height")})
+                Image(url=f"/v1/generations/{id}/images/{i}", **{k: image[k] for k in Image.model_fields if k in image})
                 for i, image in enumerate(record.meta.get("images", []))
             ],
             parameters=record.parameters,
@@ -449,7 +449,7 @@ def index_key(owner: str) -> str:
 
 def complete(request: GenerationRequest, card: ModelCard, pictures: dict[str, bytes]) -> Parameters:
     """The request with the card's defaults; pictures are named by their hash."""
-    defaults, kind = card.defaults, request.kind
+    defaults, video, kind = card.defaults, card.video, card.kind(request)
     strength = {"image-to-image": defaults.strength, "inpaint": 1.0}.get(kind)
 
     def chosen(value: Any, default: Any) -> Any:
@@ -467,6 +467,9 @@ def complete(request: GenerationRequest, card: ModelCard, pictures: dict[str, by
         scheduler=chosen(request.scheduler, defaults.scheduler),
         seed=chosen(request.seed, secrets.randbelow(2**32)),
         strength=chosen(request.strength, strength),
+        num_frames=chosen(request.num_frames, video and video.num_frames),
+        fps=chosen(request.fps, video and video.fps),
+        output_format=request.output_format or ("mp4" if video else "png"),
         **{field: f"sha256:{hashlib.sha256(png).hexdigest()}" for field, png in pictures.items()},
     )
 

@@ -8,9 +8,18 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from pydantic_core import PydanticCustomError
 
 Status = Literal["queued", "running", "succeeded", "failed", "canceled", "expired"]
-Task = Literal["text-to-image", "image-to-image", "inpaint", "variation", "interpolate", "upscale"]
+Task = Literal[
+    "text-to-image",
+    "image-to-image",
+    "inpaint",
+    "variation",
+    "interpolate",
+    "upscale",
+    "text-to-video",
+    "image-to-video",
+]
 Guide = Literal["classifier_free", "rescale", "dynamic_threshold", "interval", "clip", "classifier"]
-OutputFormat = Literal["png", "jpeg", "webp", "avif"]
+OutputFormat = Literal["png", "jpeg", "webp", "avif", "mp4"]
 Priority = Literal["high", "normal", "low"]
 
 TAKES: dict[Task, tuple[tuple[str, ...], tuple[str, ...]]] = {  # what each needs, and what it may have besides
@@ -20,6 +29,8 @@ TAKES: dict[Task, tuple[tuple[str, ...], tuple[str, ...]]] = {  # what each need
     "variation": (("image",), ("prompt", "end_prompt", "mix")),
     "interpolate": ((), ("prompt", "image", "end_prompt", "end_image", "mix")),
     "upscale": (("image",), ("prompt",)),
+    "text-to-video": (("prompt",), ()),
+    "image-to-video": (("prompt", "image"), ()),
 }
 PICTURES = ("image", "mask", "end_image", "control_image", "ip_adapter_image")
 Guiding = Literal["control_image", "ip_adapter_image"]
@@ -126,8 +137,12 @@ class GenerationRequest(BaseModel, frozen=True):
     )
     ip_adapter_scale: float | None = Field(None, ge=0, le=2, description="How much of it; 1 if unset.")
     mix: float | None = Field(None, ge=0, le=1, description="Where between the two ends: 0 is the first. 0.5 if unset.")
+    num_frames: int | None = Field(None, ge=1, description="How long a video is to be, as its model allows.")
+    fps: int | None = Field(None, ge=1, le=120, description="Frames a second, of a video.")
     loras: list[Lora] = Field(default=[], max_length=4, description="LoRA adapters to draw with, each once.")
-    output_format: OutputFormat = "png"
+    output_format: OutputFormat | None = Field(
+        None, description="`png` if unset, `mp4` of a video; a video may also be an animated `webp`, `png` or `avif`."
+    )
     preview_every: int | None = Field(None, ge=1, description="Publish a preview after every so many steps.")
     reproducible: bool = Field(False, description="Same seed, same bytes, whatever else the worker is doing.")
     expires_in: int | None = Field(None, ge=1, le=604_800, description="Seconds after which nobody wants it any more.")
@@ -137,7 +152,17 @@ class GenerationRequest(BaseModel, frozen=True):
     )
 
     @field_validator(
-        "n", "best_of", "width", "height", "num_inference_steps", "seed", "preview_every", "expires_in", mode="before"
+        "n",
+        "best_of",
+        "width",
+        "height",
+        "num_inference_steps",
+        "num_frames",
+        "fps",
+        "seed",
+        "preview_every",
+        "expires_in",
+        mode="before",
     )
     @classmethod
     def _whole(cls, value: object) -> object:
@@ -162,9 +187,8 @@ class GenerationRequest(BaseModel, frozen=True):
             return "interpolate"
         return "text-to-image" if self.image is None else "image-to-image"
 
-    def problems(self) -> Iterator[tuple[str, str]]:
-        """What does not go together, or is missing: (field, what is wrong)."""
-        kind = self.kind
+    def problems(self, kind: Task) -> Iterator[tuple[str, str]]:
+        """What does not go together, or is missing, for such a task: (field, what is wrong)."""
         needed, allowed = TAKES[kind]
         for field in ("prompt", "image", "mask", "strength", "end_prompt", "end_image", "mix"):
             given = getattr(self, field) is not None
@@ -203,6 +227,7 @@ class Parameters(GenerationRequest, frozen=True):
     guidance_scale: float
     scheduler: str
     seed: int
+    output_format: OutputFormat = "png"
 
     @property
     def rows(self) -> int:
@@ -221,6 +246,7 @@ class Image(BaseModel):
     seed: int
     width: int
     height: int
+    frames: int = Field(1, description="More than one: it is a video.")
 
 
 class Failure(BaseModel):
@@ -273,6 +299,15 @@ class Size(BaseModel):
     multiple_of: int
 
 
+class ModelVideo(BaseModel):
+    """Of a model that draws videos."""
+
+    num_frames: int = Field(description="If a request says nothing.")
+    maximum: int
+    multiple_of: int = Field(description="Frames come in so many, and one more.")
+    fps: int
+
+
 class ModelLimits(BaseModel):
     n: int
     best_of: int = Field(1, description="More than one: candidates of which CLIP chooses.")
@@ -303,6 +338,7 @@ class Model(BaseModel):
     needs: list[Guiding] = Field([], description="Pictures that its requests must bring, and others may not.")
     loras: list[str] = Field([], description="LoRA adapters, by the names that requests call them.")
     size: Size
+    video: ModelVideo | None = None
     limits: ModelLimits
     defaults: ModelDefaults
     schedulers: list[str]

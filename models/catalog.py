@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from app.schemas import GenerationRequest, Guide, Guiding, Model, ModelDefaults, ModelLimits, Size, Task
+from app.schemas import GenerationRequest, Guide, Guiding, Model, ModelDefaults, ModelLimits, ModelVideo, Size, Task
 
 CARDS = Path(__file__).parent / "cards"
 WEIGHTS = Path(__file__).parent / "weights"
@@ -93,6 +93,7 @@ class Sampling(Strict):
     top_p: float = Field(1.0, gt=0, le=1)
 
 
+VIDEO: dict[Task, Task] = {"text-to-image": "text-to-video", "image-to-image": "image-to-video"}
 ADAPTABLE = ("stable-diffusion", "diffusers")  # families whose programs put adapters on
 GUIDED_BY: dict[str, tuple[Guiding, str]] = {  # parts of a model that look at a picture of the request's
     "controlnet": ("control_image", "ControlNet"),  # Zhang et al. 2023
@@ -119,6 +120,7 @@ class ModelCard(Strict):
     sampling: Sampling | None = None  # of models that write codes, one a step: they take no other number of steps
     stages: dict[str, Stage] = {}  # beside the one that a request decides: unCLIP's prior, a cascade's upsampler
     size: Size
+    video: ModelVideo | None = None  # of models that draw those, and nothing else
     limits: ModelLimits
     defaults: ModelDefaults
     schedulers: list[str]
@@ -154,12 +156,19 @@ class ModelCard(Strict):
         shown = {name: getattr(self, name) for name in Model.model_fields}
         return Model.model_validate(shown | {"loras": list(self.loras)})
 
+    def kind(self, request: GenerationRequest) -> Task:
+        """The task of a request to this model, also where it is not named."""
+        kind = request.kind
+        return VIDEO.get(kind, kind) if self.video and request.task is None else kind
+
     def problems(self, request: GenerationRequest) -> Iterator[tuple[str, str]]:
         """What this model cannot do of a request: (field, what is wrong)."""
+        kind = self.kind(request)
         yield from self._limit_problems(request)
-        yield from request.problems()
-        if request.kind not in self.tasks:
-            yield self._what_made_it(request), f"{self.name} does not do {request.kind}"
+        yield from self._video_problems(request)
+        yield from request.problems(kind)
+        if kind not in self.tasks:
+            yield self._what_made_it(request), f"{self.name} does not do {kind}"
         for picture, part in GUIDED_BY.values():
             if (picture in self.needs) != (getattr(request, picture) is not None):
                 what = f"needs one, for its {part}" if picture in self.needs else f"has no {part}"
@@ -197,6 +206,22 @@ class ModelCard(Strict):
             yield "num_inference_steps", f"{self.name} always takes {steps}"
         if request.scheduler is not None and request.scheduler not in self.schedulers:
             yield "scheduler", f"{self.name} has no {request.scheduler!r}; it has {', '.join(self.schedulers)}"
+
+    def _video_problems(self, request: GenerationRequest) -> Iterator[tuple[str, str]]:
+        frames, output_format = request.num_frames, request.output_format
+        if self.video is None:
+            for field in ("num_frames", "fps"):
+                if getattr(request, field) is not None:
+                    yield field, f"{self.name} draws single pictures"
+            if output_format == "mp4":
+                yield "output_format", f"{self.name} draws single pictures, and mp4 is for videos"
+            return
+        if output_format == "jpeg":
+            yield "output_format", f"{self.name} draws videos, which no jpeg holds"
+        if frames is not None and frames > self.video.maximum:
+            yield "num_frames", f"{frames} is more than {self.name} allows ({self.video.maximum})"
+        elif frames is not None and (frames - 1) % self.video.multiple_of:
+            yield "num_frames", f"must be one more than a multiple of {self.video.multiple_of} for {self.name}, not {frames}"
 
     def _size_problems(self, field: str, pixels: int) -> Iterator[tuple[str, str]]:
         size = self.size

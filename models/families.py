@@ -16,6 +16,7 @@ from models.stable_diffusion import StableDiffusion
 from models.stock import StockPipelines
 from models.stock_stages import Amused, DeepFloyd, DiT, Kandinsky, Karlo, Upscaler
 from models.unclip import UnCLIP
+from models.video import Video
 
 
 class Resident(Protocol):
@@ -46,4 +47,5 @@ FAMILIES = {
     "kandinsky": Kandinsky,
     "karlo": Karlo,
     "upscaler": Upscaler,
+    "video": Video,
 }

@@ -61,7 +61,7 @@ class Inputs:
 
 
 Program = Generator[Call, Any, Tensor]
-"""Returns the picture: float32 [3, height, width] in [0, 1] on the CPU."""
+"""Returns the picture: float32 [3, height, width] in [0, 1] on the CPU; [frames, 3, height, width] of a video."""
 
 
 def generator(seed: int) -> torch.Generator:

@@ -32,7 +32,7 @@ from models.preview import LatentColours
 from models.program import BUCKETS, Call, Inputs, Net, Program, generator
 from models.stable_diffusion import NO_PARTS
 
-DENOISERS = ("unet", "transformer", "prior", "decoder", "super_res_first", "super_res_last")
+DENOISERS = ("unet", "transformer", "transformer_2", "prior", "decoder", "super_res_first", "super_res_last")
 AUTOENCODERS = ("vae", "movq", "vqvae")
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3", "image_encoder")
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
@@ -136,11 +136,12 @@ def two_ways(name: str, autoencoder: Any) -> dict[str, Net]:
     """An autoencoder's two directions."""
     whole = {} if name == "vae" else {"force_not_quantize": True}  # latents are drawn as they are
 
-    def decode(z: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
-        """shape: of the latents of one picture, if z are tokens"""
+    def decode(z: Tensor, temb: Tensor | None = None, shape: tuple[int, ...] | None = None) -> Tensor:
+        """temb: [rows], if it is told how much noise is left; shape: of the latents of one picture, if z are tokens"""
         looked_up = {} if shape is None else {"shape": (len(z), *shape)}
+        told = {} if temb is None else {"temb": temb}
         z = z if shape else z.to(autoencoder.dtype)
-        return autoencoder.decode(z, return_dict=False, **whole, **looked_up)[0]
+        return autoencoder.decode(z, return_dict=False, **whole, **looked_up, **told)[0]
 
     def encode(x: Tensor) -> Tensor:
         encoded = autoencoder.encode(x.to(autoencoder.dtype))
@@ -310,8 +311,13 @@ class Watched:
 
 
 def as_picture(latents: Tensor, pipeline: Any, arguments: Mapping[str, Any]) -> Tensor | None:
-    """[1, C, h, w], also of latents that FLUX holds as a sequence of 2 x 2 patches, [1, h/2 · w/2, 4 C]."""
-    if latents.ndim != 3:
+    """[1, C, h, w], also of latents that FLUX holds as a sequence of 2 x 2 patches, [1, h/2 · w/2, 4 C].
+
+    Of a video, [1, C, frames, h, w], the middle of it.
+    """
+    if latents.ndim == 5:
+        return latents[:, :, latents.shape[2] // 2]
+    if latents.ndim != 3 or not hasattr(pipeline, "vae_scale_factor"):
         return latents if latents.ndim == 4 else None  # an embedding is no picture
     patch = 2 * pipeline.vae_scale_factor
     height, width = arguments.get("height", 0) // patch, arguments.get("width", 0) // patch
@@ -328,9 +334,17 @@ class Autoencoder(Proxy):
         super().__init__(module, nets[f"{name}.decode"], suspend)
         self.__dict__.update(encoder=nets[f"{name}.encode"], quantizes=name != "vae", scheduler=scheduler)
 
-    def decode(self, z: Tensor, return_dict: bool = True, shape: tuple[int, ...] | None = None, **_: Any) -> Any:
+    def decode(
+        self,
+        z: Tensor,
+        temb: Tensor | None = None,
+        return_dict: bool = True,
+        shape: tuple[int, ...] | None = None,
+        **_: Any,
+    ) -> Any:
         at = self.scheduler.position if self.scheduler else None
-        args = {"z": z} if shape is None else {"z": z, "shape": tuple(shape[1:])}
+        args: dict[str, Any] = {"z": z, "temb": temb, "shape": None if shape is None else tuple(shape[1:])}
+        args = {name: value for name, value in args.items() if value is not None}
         pixels = self.suspend(Call(self.net, args, z.shape[0], at))
         return DecoderOutput(sample=pixels) if return_dict else (pixels,)
 

@@ -79,7 +79,7 @@ WRONG = [
     *(("foo", value) for value in (1, None)),
     *(("scheduler", value) for value in ("none-such", 0, "s" * 65)),
     *(("priority", value) for value in ("urgent", 1, None)),
-    *(("output_format", value) for value in ("gif", "PNG", None)),
+    *(("output_format", value) for value in ("gif", "PNG", "mp4")),
     *((side, value) for side in ("width", "height") for value in (48, 272, 10**9, 100, 0, -64, 64.5, "64", True)),
     *(("num_inference_steps", value) for value in (0, -1, 101, 10**30, 2.5, "2", True, float("nan"), float("inf"))),
     *(("n", value) for value in (0, 9, -1, 1.5, "1", True, None, float("nan"), float("inf"), [])),

@@ -162,6 +162,7 @@ def what_a_model_narrows(ctx: CheckContext, response: Response, case: schemathes
     if is_positive(case) and response.status_code == 422 and case.method == "POST":
         fields = {error["field"] for error in response.json().get("errors", [{"field": "Idempotency-Key"}])}
         narrowed = {"model", "n", "best_of", "width", "height", "num_inference_steps", "guidance_scale", "scheduler"}
+        narrowed |= {"num_frames", "fps", "output_format"}
         together = {*BY_TASK, "prompt", "negative_prompt"}
         steering = {f"guidance.{name}" for name in Guidance.model_fields}
         worn = {f"loras.{i}.name" for i in range(4)}

@@ -17,7 +17,7 @@ from app.images import MAX_JPEG_SCANS, MEDIA_TYPES, SAMPLERS, encode, parameters
 from app.schemas import OutputFormat, Parameters
 
 MAX_PIXELS = 1_000_000
-FORMATS = get_args(OutputFormat)
+FORMATS = [name for name in get_args(OutputFormat) if name != "mp4"]  # which no picture is
 CARDS = Path(__file__).parents[1] / "models" / "cards"
 
 PROMPTS = [
@@ -417,7 +417,7 @@ def test_every_format_is_what_its_media_type_says(output_format):
         Image.open(io.BytesIO(encode(scene(8, 8), output_format, ""))).get_format_mimetype()
         == MEDIA_TYPES[output_format]
     )
-    assert set(MEDIA_TYPES) == set(FORMATS)
+    assert set(MEDIA_TYPES) == {*FORMATS, "mp4"}
 
 
 @pytest.mark.parametrize("output_format", FORMATS)

@@ -8,6 +8,8 @@ from diffusers import (
     AmusedPipeline,
     AmusedScheduler,
     AutoencoderKL,
+    AutoencoderKLLTXVideo,
+    AutoencoderKLWan,
     ControlNetModel,
     DDIMScheduler,
     DDPMScheduler,
@@ -22,6 +24,8 @@ from diffusers import (
     IFSuperResolutionPipeline,
     KandinskyV22Pipeline,
     KandinskyV22PriorPipeline,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
     PriorTransformer,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
@@ -32,8 +36,11 @@ from diffusers import (
     UnCLIPScheduler,
     UNet2DConditionModel,
     UNet2DModel,
+    UniPCMultistepScheduler,
     UVit2DModel,
     VQModel,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
 from tokenizers import pre_tokenizers
@@ -202,6 +209,69 @@ def flux() -> DiffusionPipeline:
             text_encoder_2=t5(),
             tokenizer=clip_tokenizer(),
             tokenizer_2=t5_tokenizer(),
+        )
+    )
+
+
+def wan() -> DiffusionPipeline:
+    torch.manual_seed(0)
+    return quiet(
+        WanPipeline(
+            transformer=WanTransformer3DModel(
+                patch_size=(1, 2, 2),
+                num_attention_heads=2,
+                attention_head_dim=12,
+                in_channels=16,
+                out_channels=16,
+                text_dim=WIDTH,
+                freq_dim=64,
+                ffn_dim=32,
+                num_layers=2,
+                rope_max_seq_len=32,
+            ).eval(),
+            scheduler=UniPCMultistepScheduler(
+                prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=3.0
+            ),
+            vae=AutoencoderKLWan(base_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1).eval(),
+            text_encoder=t5(),
+            tokenizer=t5_tokenizer(),
+        )
+    )
+
+
+def ltx() -> DiffusionPipeline:
+    torch.manual_seed(0)
+    return quiet(
+        LTXPipeline(
+            transformer=LTXVideoTransformer3DModel(
+                in_channels=8,
+                out_channels=8,
+                num_attention_heads=4,
+                attention_head_dim=8,
+                cross_attention_dim=32,
+                num_layers=1,
+                caption_channels=WIDTH,
+            ).eval(),
+            scheduler=FlowMatchEulerDiscreteScheduler(),
+            vae=AutoencoderKLLTXVideo(
+                latent_channels=8,
+                block_out_channels=(8, 8, 8, 8),
+                decoder_block_out_channels=(8, 8, 8, 8),
+                layers_per_block=(1, 1, 1, 1, 1),
+                decoder_layers_per_block=(1, 1, 1, 1, 1),
+                spatio_temporal_scaling=(True, True, False, False),
+                decoder_spatio_temporal_scaling=(True, True, False, False),
+                decoder_inject_noise=(False, False, False, False, False),
+                upsample_residual=(False, False, False, False),
+                upsample_factor=(1, 1, 1, 1),
+                timestep_conditioning=True,
+                patch_size=1,
+                patch_size_t=1,
+                encoder_causal=True,
+                decoder_causal=False,
+            ).eval(),
+            text_encoder=t5(),
+            tokenizer=t5_tokenizer(),
         )
     )
 

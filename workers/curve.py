@@ -38,7 +38,7 @@ def warm_up(resident: Resident, max_rows: int) -> dict[Net, Curve]:
         step, decode = example_calls(resident)
         curves = {
             resident.denoiser: measure(resident.denoiser, step, max_rows),
-            resident.decoder: measure(resident.decoder, decode, max(resident.decoder.buckets)),
+            resident.decoder: measure(resident.decoder, decode, min(max_rows, *resident.decoder.buckets[-1:])),
         }
     for net, curve in curves.items():
         net.width = curve.width
@@ -48,12 +48,12 @@ def warm_up(resident: Resident, max_rows: int) -> dict[Net, Curve]:
 def example_calls(resident: Resident) -> tuple[Call, Call]:
     """A denoising call with guidance and the decoding call of an ordinary picture."""
     card = resident.card
-    enlarges = "text-to-image" not in card.tasks
+    enlarges = not {"text-to-image", "text-to-video"} & set(card.tasks)
     gray = Image.new("RGB", (card.size.width, card.size.height), "gray")
     request = Parameters.model_validate(
         {
             "model": card.name,
-            "task": "upscale" if enlarges else "text-to-image",
+            "task": "upscale" if enlarges else card.tasks[0],
             "prompt": next(iter(card.classes), "warming up"),
             "width": card.size.width,
             "height": card.size.height,
@@ -61,6 +61,8 @@ def example_calls(resident: Resident) -> tuple[Call, Call]:
             "guidance_scale": 2.0,
             "scheduler": card.defaults.scheduler,
             "seed": 0,
+            "num_frames": card.video and card.video.num_frames,
+            "fps": card.video and card.video.fps,
         }
     )
     given = Inputs(gray if enlarges else None, **dict.fromkeys(card.needs, gray))

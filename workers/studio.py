@@ -33,6 +33,7 @@ from workers.outcomes import ModelUnavailable, NotFinite, NotStored
 from workers.reporter import Reporter
 from workers.residency import Residency, Warm
 from workers.threads import beside_the_engine
+from workers.videos import encode_video
 from workers.watchdog import Watchdog
 
 log = structlog.get_logger()
@@ -60,8 +61,11 @@ class Drawing:
     @cached_property
     def slowest_pass(self) -> float:
         """Seconds, as measured; more for a larger picture. Attention takes the square of its pixels, the rest less."""
-        size, r = self.resident.card.size, self.parameters
-        return self.warm.slowest_pass * max(1.0, r.width * r.height / (size.width * size.height)) ** 2
+        card, r = self.resident.card, self.parameters
+        larger = r.width * r.height / (card.size.width * card.size.height)
+        if card.video and r.num_frames:
+            larger *= r.num_frames / card.video.num_frames
+        return self.warm.slowest_pass * max(1.0, larger) ** 2
 
     @property
     def resumed_at_step(self) -> int | None:
@@ -242,18 +246,22 @@ class Studio:
         r, seed = drawing.parameters, drawing.parameters.seed + index
         if not picture.isfinite().all():
             raise NotFinite("the model returned pixels that are no numbers")
-        pixels = (picture.permute(1, 2, 0) * 255).round().byte().numpy()
-        began = time.perf_counter()
-        data = encode(pixels, r.output_format, parameters_text(r, seed))
+        pixels = (picture.movedim(-3, -1) * 255).round().byte().numpy()
+        began, text = time.perf_counter(), parameters_text(r, seed)
+        if pixels.ndim == 4:
+            data = encode_video(pixels, r.output_format, r.fps or 1, text)
+        else:
+            data = encode(pixels, r.output_format, text)
         drawing.encoding += (encoding := time.perf_counter() - began)
         metrics.STAGE.labels("encode_file").observe(encoding)
         key = image_key(drawing.folder, index, r.output_format)
         with metrics.STAGE.labels("store_file").time():
             self.blobs.save(key, data)
         metrics.IMAGES.labels(r.output_format).inc()
-        height, width = pixels.shape[:2]
+        *frames, height, width, _ = pixels.shape
         etag = hashlib.sha256(data).hexdigest()
-        return {"key": key, "seed": seed, "width": width, "height": height, "format": r.output_format, "etag": etag}
+        shape = {"width": width, "height": height, **({"frames": frames[0]} if frames else {})}
+        return {"key": key, "seed": seed, **shape, "format": r.output_format, "etag": etag}
 
     def _outcome(self, drawing: Drawing) -> Any:
         if not drawing.tickets:
