@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -42,8 +43,10 @@ def connection(valkey: EmbeddedRedis) -> Iterator["Redis"]:
         yield connection
 
 
-def local_settings(data_dir: Path, **given: object) -> Settings:
-    return Settings(data_dir=data_dir, port=0, log_level="warning", log_format="json", **given)
+def local_settings(data_dir: Path, **given: Any) -> Settings:
+    """Workers that warm up with few rows: a pass of 28 takes a core a second, and each worker tries it four times."""
+    brief = {"port": 0, "log_level": "warning", "log_format": "json", "max_rows": 8}
+    return Settings(data_dir=data_dir, **(brief | given))
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ from models.catalog import CARDS, read_cards
 from tests.conftest import local_settings
 from tests.test_bad_input import GOOD, URL, picture, problem_of
 
-WAIT = {"Prefer": "wait=30"}
+WAIT = {"Prefer": "wait=60"}
 LONG = {"prompt": "a whale", "num_inference_steps": 100, "n": 8, "width": 256, "height": 256}
 
 
@@ -175,9 +175,9 @@ def test_a_generation_that_expires_is_not_drawn(waiting: httpx2.Client):
 
 
 def test_who_prefers_to_wait_gets_it_done(http: httpx2.Client):
-    answer = http.post(URL, json=GOOD, headers={"Prefer": "respond-async, wait=30"})
+    answer = http.post(URL, json=GOOD, headers={"Prefer": "respond-async, wait=60"})
     assert answer.status_code == 200
-    assert answer.headers["preference-applied"] == "wait=30"
+    assert answer.headers["preference-applied"] == "wait=60"
     assert "retry-after" not in answer.headers
     assert answer.json()["status"] == "succeeded"
 

@@ -255,7 +255,7 @@ def turned_by_exif() -> str:
 def test_unusual_pictures_are_converted(
     service: LocalService, http: httpx2.Client, image: str, at: tuple[int, int], colour: tuple[int, int, int]
 ):
-    made = http.post(URL, json=GOOD | {"image": image, "strength": 0.6}, headers={"Prefer": "wait=30"}).json()
+    made = http.post(URL, json=GOOD | {"image": image, "strength": 0.6}, headers={"Prefer": "wait=60"}).json()
     assert made["status"] == "succeeded", made
     stored = service.settings.data_dir / "blobs" / generation_folder(made["id"]) / "inputs" / "image.png"
     with Image.open(stored) as kept:
@@ -267,7 +267,7 @@ def test_unusual_pictures_are_converted(
 
 def test_what_the_text_encoder_cannot_take_is_cut_and_the_client_is_told(http: httpx2.Client):
     request = GOOD | {"prompt": "a dog, " * 40 + "zebra"}
-    made = http.post(URL, json=request, headers={"Prefer": "wait=30"}).json()
+    made = http.post(URL, json=request, headers={"Prefer": "wait=60"}).json()
     assert made["status"] == "succeeded", made
     assert len(made["warnings"]) == 1
     assert "zebra" in made["warnings"][0]
@@ -425,6 +425,6 @@ def test_a_full_queue_says_when_to_come_back(tmp_path: Path):
 
 
 def test_after_all_that_a_good_request_still_works(http: httpx2.Client):
-    made = http.post(URL, json=GOOD, headers={"Prefer": "wait=30"})
+    made = http.post(URL, json=GOOD, headers={"Prefer": "wait=60"})
     assert made.status_code == 200
     assert made.json()["status"] == "succeeded"

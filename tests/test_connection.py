@@ -161,7 +161,7 @@ import sys
 from app import logs
 from app.settings import Settings
 from workers.main import run
-settings = Settings(data_dir=sys.argv[2], log_format="json", torch_threads=1)
+settings = Settings(data_dir=sys.argv[2], log_format="json", torch_threads=1, max_rows=2)
 logs.set_up(settings)
 run(settings, sys.argv[1], outage=2)
 """

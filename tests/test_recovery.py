@@ -25,7 +25,7 @@ LONG = {"prompt": "a red apple", "num_inference_steps": 40, "seed": 3, "reproduc
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalService]:
     """Two workers of one kind, so that bytes are the same."""
-    brief = {"lease": LEASE, "journal_interval": 0.1, "torch_threads": 1, "stop_grace": 0.2}
+    brief = {"lease": LEASE, "journal_interval": 0.1, "torch_threads": 1, "stop_grace": 0.2, "max_rows": 2}
     with LocalService(local_settings(tmp_path_factory.mktemp("pair"), **brief), workers=2) as service:
         yield service
 

@@ -22,7 +22,7 @@ BODY = {"prompt": "a dog", "width": 64, "height": 64, "num_inference_steps": 4}
 @pytest.fixture
 def fleet(tmp_path: Path) -> Iterator[tuple[list[Part], int]]:
     """Two APIs and two workers, and the port in front of them."""
-    with LocalService(local_settings(tmp_path, torch_threads=1, lease=5), workers=2) as service:
+    with LocalService(local_settings(tmp_path, torch_threads=1, lease=5, max_rows=2), workers=2) as service:
         port = free_port("127.0.0.1")
         first = service.parts["api"]
         environment = first.environment | {"DARKROOM_PORT": str(port)}

@@ -41,7 +41,7 @@ def resident(card, device):
     return model
 
 main.resident = resident
-main.run(Settings(data_dir=data_dir, torch_threads=1, step_timeout=1.5), sys.argv[1])
+main.run(Settings(data_dir=data_dir, torch_threads=1, step_timeout=1.5, max_rows=2), sys.argv[1])
 """
 
 
