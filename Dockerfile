@@ -52,6 +52,7 @@ FROM base AS api
 COPY --from=api-packages /opt/venv /opt/venv
 COPY models/__init__.py models/catalog.py models/
 COPY models/cards models/cards
+COPY models/suites models/suites
 COPY app app
 RUN python -m compileall -q app models && darkroom --help >/dev/null
 USER 10001:10001
@@ -66,6 +67,7 @@ COPY --from=worker-packages /opt/venv /opt/venv
 COPY models/weights models/weights
 COPY models/*.py models/
 COPY models/cards models/cards
+COPY models/suites models/suites
 COPY app app
 COPY workers workers
 RUN python -m compileall -q app models workers && darkroom --help >/dev/null

@@ -52,7 +52,7 @@ def up(
     try:
         status = console.status("starting")
         status.start()
-        with LocalService(settings, workers, status.update) as service:
+        with LocalService(settings, workers, status.update, evaluates=True) as service:
             status.stop()
             console.print(
                 f"[bold green]ready[/] {service.url} · interactive docs at {service.url}/docs · Ctrl-C stops it"
@@ -90,6 +90,19 @@ def worker(last_words: Annotated[Path | None, typer.Option(hidden=True)] = None)
     from workers.main import run
 
     run(settings, redis_url, last_words)
+
+
+@cli.command()
+def evaluator() -> None:
+    """Run what `POST /v1/evaluations` is answered by; REDIS_URL says where the queue is."""
+    settings = read_settings()
+    check_cards(settings)
+    redis_url = required_redis(settings)
+    from app import logs
+    from app.evaluator import serve
+
+    logs.set_up(settings)
+    serve(settings, redis_url)
 
 
 @cli.command()
@@ -183,8 +196,17 @@ def evaluate(
     given = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
     given = {name: value for name, value in given.items() if value is not None}
     names = models.split(",")
+    output.mkdir(parents=True, exist_ok=True)
     with some_service(url, fresh, names) as client, console.status("drawing") as status:
-        scores = draw_and_score(client, prompts, names, output, given, status.update, clip)
+        scores = draw_and_score(
+            client.fetch,
+            lambda name, data: (output / name).write_bytes(data),
+            prompts,
+            names,
+            given,
+            lambda model, done, of: status.update(f"{model} · {done} of {of}"),
+            clip,
+        )
     table = Table("model", "category", "pictures", "CLIP agreement", "prompt found first", "background")
     for one in scores:
         background = "" if one.background is None else f"{one.background:.0%}"

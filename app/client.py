@@ -29,8 +29,8 @@ class Client:
         except httpx2.HTTPError:
             return False
 
-    def fetch(self, request: dict[str, Any], output: Path) -> None:
-        """One picture, to a file; waits for it as long as it takes."""
+    def fetch(self, request: dict[str, Any]) -> bytes:
+        """One picture; waits for it as long as it takes."""
         generation = self._checked(self.http.post("/v1/generations", json=request)).json()
         id = generation["id"]
         while generation["status"] in ("queued", "running"):
@@ -43,7 +43,7 @@ class Client:
             raise Refused(
                 f"{request['model']}: {generation['status']}: {(generation['error'] or {}).get('detail', '')}"
             )
-        output.write_bytes(self._checked(self.http.get(generation["images"][0]["url"])).content)
+        return self._checked(self.http.get(generation["images"][0]["url"])).content
 
     def draw(self, request: dict[str, Any], output: Path, console: Console) -> None:
         """Submit, show progress, write the pictures, print their paths and how long it took."""

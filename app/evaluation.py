@@ -2,6 +2,7 @@
 
 import csv
 import html
+import io
 import json
 import statistics
 import tomllib
@@ -14,11 +15,12 @@ from typing import Any
 from PIL import Image
 from pydantic import BaseModel
 
-from app.client import Client
-
 SUITES = Path(__file__).parent.parent / "models" / "suites"
 DELIMITERS = {".tsv": "\t", ".csv": ","}
 AT_ONCE = 16
+
+Draw = Callable[[dict[str, Any]], bytes]
+"""A generation's request to its picture, as a PNG."""
 
 
 class Prompt(BaseModel, extra="forbid", str_strip_whitespace=True):
@@ -41,13 +43,27 @@ class Suite(BaseModel, extra="forbid"):
         Raises:
             ValueError: there is none, or it is wrong; the message says what.
         """
-        path = Path(name) if Path(name).suffix in (".toml", *DELIMITERS) else SUITES / f"{name}.toml"
+        path = Path(name)
+        if path.suffix not in (".toml", *DELIMITERS):
+            return cls.ours(name)
         if not path.is_file():
-            ours = ", ".join(sorted(file.stem for file in SUITES.glob("*.toml")))
-            raise ValueError(f"there is no suite {name!r}; there are {ours}, and files that end in .toml, .tsv or .csv")
+            raise ValueError(f"there is no file {name}")
         if path.suffix == ".toml":
             return cls.model_validate(tomllib.loads(path.read_text()))
         return cls(title=path.stem, prompts=list(table(path)))
+
+    @classmethod
+    def ours(cls, name: str) -> "Suite":
+        """One that ships.
+
+        Raises:
+            ValueError: there is none of this name.
+        """
+        files = {file.stem: file for file in SUITES.glob("*.toml")}
+        if name not in files:
+            some = f"there are {', '.join(sorted(files))}, and files that end in .toml, .tsv or .csv"
+            raise ValueError(f"there is no suite {name!r}; {some}")
+        return cls.model_validate(tomllib.loads(files[name].read_text()))
 
 
 def table(path: Path) -> Iterator[Prompt]:
@@ -79,35 +95,41 @@ class Score:
 
 
 def evaluate(
-    client: Client,
+    draw: Draw,
+    save: Callable[[str, bytes], None],
     suite: Suite,
     models: list[str],
-    out: Path,
     given: dict[str, Any],
-    tell: Callable[[str], None],
+    tell: Callable[[str, int, int], None],
     clip: Path | None = None,
 ) -> list[Score]:
-    """Draw every prompt with every model, score them, and write `out`/index.html, scores.json and the pictures.
+    """Draw every prompt with every model, score them, and save index.html, scores.json and the pictures.
 
     Args:
+        tell: is told, for a model, how many pictures are done, of how many.
         clip: folder of the CLIP model that judges, in transformers' layout; the shipped one if there is none.
     """
-    out.mkdir(parents=True, exist_ok=True)
     scores = list[Score]()
     for model in models:
         requests = [{"model": model, "prompt": one.prompt, "seed": i} | given for i, one in enumerate(suite.prompts)]
-        paths = [picture_path(out, model, i) for i in range(len(requests))]
+        pictures = list[Image.Image]()
         with ThreadPoolExecutor(AT_ONCE) as clients:
-            for done, _ in enumerate(clients.map(client.fetch, requests, paths), 1):
-                tell(f"{model} · {done} of {len(requests)}")
-        scores += score(suite, model, [Image.open(path) for path in paths], clip)
-    (out / "scores.json").write_text(json.dumps([asdict(one) for one in scores], indent=1))
-    (out / "index.html").write_text(sheet(suite, models, scores))
+            try:
+                for i, data in enumerate(clients.map(draw, requests)):
+                    save(picture_name(model, i), data)
+                    pictures.append(Image.open(io.BytesIO(data)))
+                    tell(model, i + 1, len(requests))
+            except BaseException:
+                clients.shutdown(wait=False, cancel_futures=True)  # one that fails ends it: no more are begun
+                raise
+        scores += score(suite, model, pictures, clip)
+    save("scores.json", json.dumps([asdict(one) for one in scores], indent=1).encode())
+    save("index.html", sheet(suite, models, scores).encode())
     return scores
 
 
-def picture_path(out: Path, model: str, index: int) -> Path:
-    return out / f"{model}-{index:03}.png"
+def picture_name(model: str, index: int) -> str:
+    return f"{model}-{index:03}.png"
 
 
 def score(suite: Suite, model: str, pictures: list[Image.Image], clip: Path | None = None) -> list[Score]:
@@ -175,7 +197,7 @@ def sheet(suite: Suite, models: list[str], scores: list[Score]) -> str:
     ]
     pictures = [row(["", *map(html.escape, models)], "th")]
     for i, one in enumerate(suite.prompts):
-        shown = [f'<img src="{picture_path(Path(), model, i)}" alt="{html.escape(one.prompt)}">' for model in models]
+        shown = [f'<img src="{picture_name(model, i)}" alt="{html.escape(one.prompt)}">' for model in models]
         pictures.append(row([f"{html.escape(one.prompt)}<br><small>{html.escape(one.category)}</small>", *shown]))
     title = html.escape(suite.title)
     return (

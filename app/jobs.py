@@ -486,11 +486,13 @@ def read_records(connection: "Redis", ids: Sequence[str]) -> Iterator[Record | N
 
 
 def parse_record(fields: Replies, last: list[events.Event]) -> Record | None:
-    """None if the job has gone: RQ may still write a field or two of it."""
+    """None if the job has gone (RQ may still write a field or two of it), or is of another kind."""
     status, data, meta, created_at, started_at, ended_at, attempts = fields
     if status is None or data is None or created_at is None:
         return None
     _, _, _, kwargs = json.loads(zlib.decompress(data))
+    if "parameters" not in kwargs:
+        return None
     kept = json.loads(meta or "{}")
     return Record(
         status=standing_of(status, kept),

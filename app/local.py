@@ -81,8 +81,14 @@ class EmbeddedRedis:
 class LocalService:
     """`with LocalService(settings) as service:` everything runs, and `service.url` answers."""
 
-    def __init__(self, settings: Settings, workers: int = 1, say: Callable[[str], None] = lambda _: None):
-        self.settings, self.workers, self.say = settings, workers, say
+    def __init__(
+        self,
+        settings: Settings,
+        workers: int = 1,
+        say: Callable[[str], None] = lambda _: None,
+        evaluates: bool = False,
+    ):
+        self.settings, self.workers, self.say, self.evaluates = settings, workers, say, evaluates
         self.stack = ExitStack()
         self.parts: dict[str, Part] = {}
 
@@ -127,6 +133,10 @@ class LocalService:
             )
             self.parts[worker.name] = worker
             started.callback(worker.stop)
+        if self.evaluates:
+            evaluator = Part("the evaluator", [*command, "evaluator"], environment, lambda _: True)
+            self.parts["evaluator"] = evaluator
+            started.callback(evaluator.stop)
         self.say("starting the API")
         api.wait(30)
         self.say(f"loading {settings.models[0]}")

@@ -18,10 +18,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from app import errors, events, metrics
 from app.auth import KeyCheck
 from app.connection import connect
+from app.evaluations import Evaluations
 from app.jobs import Jobs
 from app.limits import BodyLimit
 from app.logs import RequestId
-from app.routes import generations, health, models
+from app.routes import evaluations, generations, health, models
 from app.schemas import Problem
 from app.settings import Settings
 from app.storage import open_store
@@ -94,13 +95,14 @@ def create_app(settings: Settings, redis_url: str) -> FastAPI:
     # Who brings a picture waits for its turn to be decoded in a thread of these, not in one that others poll with.
     app.state.decoders = anyio.CapacityLimiter(DECODERS)
     app.state.jobs = Jobs(connection, open_store(settings.blobs), catalog, settings)
+    app.state.evaluations = Evaluations(connection, app.state.jobs)
     silence = settings.client_timeout.total_seconds()
     app.add_middleware(BodyLimit, largest=int(settings.max_body_mib * 2**20), silence=silence)
     app.add_middleware(KeyCheck, keys=settings.api_keys)
     app.add_middleware(HeadAsGet)
     app.add_middleware(RequestId)
     errors.install(app)
-    for routes in (generations, models, health):
+    for routes in (generations, models, evaluations, health):
         app.include_router(routes.router)
     metrics.started(VERSION, catalog.names)
     return app

@@ -1,4 +1,4 @@
-"""Nothing is kept for ever: files in the blob store go when Redis has forgotten their generation."""
+"""Nothing is kept for ever: files in the blob store go when Redis has forgotten their generation or evaluation."""
 
 import threading
 import time
@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
+from functools import partial
 from itertools import islice, takewhile
 
 import structlog
@@ -15,11 +16,11 @@ from redis.exceptions import RedisError
 from rq.job import Job
 
 from app.jobs import age_of, is_id
-from app.storage import BlobStore, generation_folder
+from app.storage import BlobStore, evaluation_folder, generation_folder
 
 log = structlog.get_logger()
 
-GENERATIONS = generation_folder("").rstrip("/")
+FOLDERS = [folder_of("").rstrip("/") for folder_of in (generation_folder, evaluation_folder)]
 LOCK = "darkroom:sweep"
 SWEEPS = 4  # in each `result_ttl`, so that a file outlives its generation by a quarter at most
 SOONEST, LATEST = timedelta(minutes=1), timedelta(hours=1)  # between two sweeps, whatever the `result_ttl`
@@ -66,23 +67,25 @@ class Sweeper:
 
 
 def sweep(connection: "Redis", blobs: BlobStore, keep: timedelta) -> Iterator[int]:
-    """Remove the folders of generations that are older than `keep` and that Redis has forgotten.
+    """Remove the folders of what is older than `keep` and has been forgotten by Redis.
 
     Yields how many, chunk by chunk. To be stopped anywhere, or to run twice at once, does no harm.
     """
     before = time.time() - keep.total_seconds()
-    ids = filter(is_id, blobs.folders(GENERATIONS))
-    old = takewhile(lambda id: age_of(id) < before, ids)  # ids sort by age
     with ThreadPoolExecutor(AT_ONCE) as threads:
-        while chunk := list(islice(old, CHUNK)):
-            forgotten = [id for id, known in zip(chunk, exist(connection, chunk), strict=True) if not known]
-            yield sum(threads.map(lambda id: remove(blobs, id), forgotten))
+        for folder in FOLDERS:
+            ids = filter(is_id, blobs.folders(folder))
+            old = takewhile(lambda id: age_of(id) < before, ids)  # ids sort by age
+            while chunk := list(islice(old, CHUNK)):
+                known = zip(chunk, exist(connection, chunk), strict=True)
+                forgotten = [f"{folder}/{id}" for id, is_known in known if not is_known]
+                yield sum(threads.map(partial(remove, blobs), forgotten))
     blobs.delete_unfinished(older_than=keep)
 
 
-def remove(blobs: BlobStore, id: str) -> bool:
+def remove(blobs: BlobStore, folder: str) -> bool:
     with suppress(FileNotFoundError):  # another sweeper was faster; if it dies now, the next has the rest
-        blobs.delete(generation_folder(id))
+        blobs.delete(folder)
         return True
     return False
 

@@ -78,6 +78,9 @@ class Settings(BaseSettings):
     journal_interval: float = Field(2, ge=0)  # seconds of denoising that a kill may cost; 0: no journals
     journal_mib: float = Field(64, gt=0)  # of a picture's journal; then no more is kept. Stable Diffusion: 500 steps
 
+    # Evaluations
+    judge: DirectoryPath | None = None  # folder of the CLIP that judges; none: the one that ships, of emoji scenes
+
     # Workers
     lease: int = Field(30, ge=2)  # seconds without a sign of life until another takes over; more than the slowest step
     stop_grace: float = Field(25, ge=0)  # seconds to finish in after SIGTERM, then handed over; orchestrators wait 30

@@ -137,6 +137,10 @@ def generation_folder(generation_id: str) -> str:
     return f"generations/{generation_id}"
 
 
+def evaluation_folder(evaluation_id: str) -> str:
+    return f"evaluations/{evaluation_id}"
+
+
 def image_key(generation_id: str, index: int, output_format: OutputFormat) -> str:
     return f"{generation_folder(generation_id)}/images/{index}.{output_format}"
 

@@ -136,6 +136,7 @@ EVERY_KIND: dict[str, Any] = {
     "job_timeout": timedelta(days=2),
     "result_ttl": timedelta(seconds=1),
     "max_attempts": 1,
+    "judge": Path("/"),
     "lease": 2,
     "step_timeout": 2.0,
     "warm_bonus": 0.0,
