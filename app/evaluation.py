@@ -96,7 +96,7 @@ class Score:
 
 def evaluate(
     draw: Draw,
-    save: Callable[[str, bytes], None],
+    save: Callable[[str, bytes], object],
     suite: Suite,
     models: list[str],
     given: dict[str, Any],

@@ -1,13 +1,13 @@
 """The API's side of evaluations: RQ jobs of `app/evaluator.py`, which draws through the queue like any client."""
 
 from datetime import UTC, datetime, timedelta
-from typing import Any, cast
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 from redis import Redis
 from rq.exceptions import NoSuchJobError
-from rq.job import Job, JobStatus, Retry
+from rq.job import Job, Retry
 from rq.queue import Queue
 from rq.serializers import JSONSerializer
 
@@ -144,7 +144,7 @@ class Evaluations:
             id=id,
             status=status,
             models=job.kwargs["request"]["models"],
-            created_at=cast(datetime, job.created_at).astimezone(UTC),
+            created_at=job.created_at.astimezone(UTC),
             pictures=Pictures(done=job.meta.get("done", 0), of=job.meta["of"]),
             scores=job.meta.get("scores", []) if done else [],
             sheet=f"/v1/evaluations/{id}/files/{SHEET}" if done else None,
@@ -156,7 +156,7 @@ class Evaluations:
             return "canceled"
         if "error" in job.meta:
             return "failed"
-        return STATUS.get(cast(JobStatus, job.get_status(refresh=False)), "queued")
+        return STATUS.get(job.get_status(refresh=False), "queued")
 
     @staticmethod
     def _failure(job: Job) -> Failure:

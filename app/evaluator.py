@@ -1,7 +1,7 @@
 """The process that evaluates: an ordinary RQ worker, for jobs of minutes that need no GPU of their own.
 
-A job draws through the queue as any client does, each picture under an idempotency key, so one that is begun again finds
-what it had drawn. CLIP then judges in this process.
+A job draws through the queue as any client does, each picture under an idempotency key, so that one begun again finds what
+it had drawn. CLIP then judges in this process.
 """
 
 import hashlib
@@ -32,7 +32,9 @@ log = structlog.get_logger()
 
 LOOK = 0.25  # seconds between two looks at a generation
 PULSE = 5  # seconds between signs of life
-UPKEEP = 15  # seconds between two looks for jobs whose process has gone, as RQ sees a minute after its last sign of life
+UPKEEP = (
+    15  # seconds between two looks for jobs whose process has gone, as RQ sees a minute after its last sign of life
+)
 
 
 class NotDrawn(Exception):
@@ -67,7 +69,7 @@ def serve(settings: Settings, redis_url: str) -> None:
 
 
 def run(request: dict[str, Any], owner: str) -> None:
-    """The job. What is wrong with the request or its pictures is its outcome; anything else ends the process's child."""
+    """The job. What is wrong with the request or its pictures is its outcome; of anything else it dies."""
     die_with_parent(os.getppid())
     settings = read_settings()
     connection = connect(cast(str, settings.redis_url), settings.redis_timeout)
@@ -139,5 +141,3 @@ class Drawing:
         for id in self.under_way:
             with suppress(NotCancelable):
                 self.jobs.cancel(id, self.owner)
-
-

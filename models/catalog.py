@@ -115,7 +115,9 @@ class ModelCard(Strict):
     tasks: list[Task]
     guidance: list[Guide] = ["classifier_free"]
     classes: list[str] = []  # of a class-conditional model, which draws nothing else
-    parts: dict[str, str] = {}  # what it has beside the source, by name: `place_of` one, or `hub:repository[/path]@revision`
+    parts: dict[
+        str, str
+    ] = {}  # what it has beside the source, by name: `place_of` one, or `hub:repository[/path]@revision`
     loras: dict[str, str] = {}  # adapters that requests may ask for: places as of `parts`
     sampling: Sampling | None = None  # of models that write codes, one a step: they take no other number of steps
     stages: dict[str, Stage] = {}  # beside the one that a request decides: unCLIP's prior, a cascade's upsampler
@@ -221,7 +223,10 @@ class ModelCard(Strict):
         if frames is not None and frames > self.video.maximum:
             yield "num_frames", f"{frames} is more than {self.name} allows ({self.video.maximum})"
         elif frames is not None and (frames - 1) % self.video.multiple_of:
-            yield "num_frames", f"must be one more than a multiple of {self.video.multiple_of} for {self.name}, not {frames}"
+            yield (
+                "num_frames",
+                f"must be one more than a multiple of {self.video.multiple_of} for {self.name}, not {frames}",
+            )
 
     def _size_problems(self, field: str, pixels: int) -> Iterator[tuple[str, str]]:
         size = self.size

@@ -1,4 +1,4 @@
-"""Text-to-video and image-to-video through diffusers' pipelines: Wan (Wang et al. 2025), LTX-Video (HaCohen et al. 2024).
+"""Text to video, and image to video, by diffusers' pipelines: Wan (Wang et al. 2025), LTX-Video (HaCohen et al. 2024).
 
 All frames are drawn together: to the engine a video is a picture with one more dimension.
 """
@@ -20,7 +20,7 @@ from models.stock_stages import Stages
 
 
 class Video(Stages):
-    """One resident model: a pipeline of text to video, and one of image to video over the same nets, if there is one."""
+    """One resident model: a pipeline of text to video, and of image to video over the same nets, if there is one."""
 
     def __init__(self, card: ModelCard, pipeline: Any, parts: Mapping[str, Any]):
         pipelines = {"text-to-video": pipeline}
@@ -49,7 +49,9 @@ class Video(Stages):
         }
         pipeline = self.of_task[r.kind]
         takes = inspect.signature(pipeline.__call__).parameters
-        arguments = {name: value for name, value in offered.items() if name in takes and value is not None}
+        arguments: dict[str, Any] = {
+            name: value for name, value in offered.items() if name in takes and value is not None
+        }
         output = yield from stock(pipeline, self.nets["whole"], **arguments)
         return output.frames[0].float().cpu()
 

@@ -37,7 +37,13 @@ def test_a_card_is_named_like_its_file_and_its_defaults_are_possible(card: Model
     assert (CARDS / f"{card.name}.toml").exists()
     defaults = card.defaults.model_dump(exclude={"strength"})
     enlarging = {"task": "upscale", "image": "x"} if card.tasks == ["upscale"] else {}
-    given = {"width": card.size.width, "height": card.size.height, **defaults, **enlarging, **dict.fromkeys(card.needs, "x")}
+    given = {
+        "width": card.size.width,
+        "height": card.size.height,
+        **defaults,
+        **enlarging,
+        **dict.fromkeys(card.needs, "x"),
+    }
     assert fields(card, **given) == []
     assert card.public().model_dump(exclude={"loras", "needs"}).items() <= card.model_dump().items()
 

@@ -39,7 +39,9 @@ def model(name: str) -> Video:
     video = card.video and card.video.model_copy(update={"num_frames": card.video.multiple_of + 1})
     limits = card.limits.model_copy(update={"prompt_tokens": 16})
     pipeline: Any = MAKERS[name]()
-    return Video(card.model_copy(update={"size": size, "video": video, "limits": limits}), pipeline.to(torch.float64), {})
+    return Video(
+        card.model_copy(update={"size": size, "video": video, "limits": limits}), pipeline.to(torch.float64), {}
+    )
 
 
 def asked(name: str, task: str = "text-to-video", **given: Any) -> tuple[Parameters, Inputs]:
@@ -79,7 +81,12 @@ def test_a_crowd_draws_what_each_would_alone(name: str, task: str):
     passes, tickets = list[Pass](), list[Any]()
     engine = Engine(passes.append)
     longer = 2 * ALL[name].video.multiple_of + 1  # pyright: ignore[reportOptionalMemberAccess]
-    mixed = ({}, {"num_inference_steps": 5, "negative_prompt": "a dog"}, {"guidance_scale": 1.0}, {"num_frames": longer})
+    mixed = (
+        {},
+        {"num_inference_steps": 5, "negative_prompt": "a dog"},
+        {"guidance_scale": 1.0},
+        {"num_frames": longer},
+    )
     wanted = [asked(name, task, seed=seed, **given) for seed, given in enumerate(mixed)]
     for r, inputs in wanted:
         tickets.append(engine.submit(model(name).draw(r, r.seed, inputs)))

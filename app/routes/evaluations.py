@@ -56,7 +56,9 @@ def cancel(id: str, evaluations: EvaluationsDep, owner: Owner) -> Evaluation:
     responses={
         200: {
             "description": "`index.html`, the sheet; `scores.json`; or a picture that the sheet shows",
-            "content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in ("text/html", "image/png")},
+            "content": {
+                kind: {"schema": {"type": "string", "format": "binary"}} for kind in ("text/html", "image/png")
+            },
         },
         **MISSING,
     },
