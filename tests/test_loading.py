@@ -20,7 +20,7 @@ from torch import Tensor
 
 from models.catalog import Catalog, Dtype, Folder, Hub, ModelCard, SingleFile
 from models.guided import modules_of
-from models.loading import ModelUnavailable, UnsafeWeights, load_parts, load_pipeline, resident_bytes
+from models.loading import ModelUnavailable, UnsafeWeights, adapter_file, load_parts, load_pipeline, resident_bytes
 from tests import tiny
 
 
@@ -224,6 +224,37 @@ def test_a_part_may_be_a_single_model_of_the_hub(hub: "FakeHub", process: Proces
     hub.publish("someone/words", "main", saved / "text_encoder")
     card = hub_card("someone/other", "main").model_copy(update={"parts": {"words": "hub:someone/words@main"}})
     assert process.submit(names_of_parts, card).result() == {"words": "CLIPTextModel"}
+
+
+def test_a_part_may_lie_inside_a_repository_of_several(hub: "FakeHub", process: ProcessPoolExecutor, saved: Path):
+    hub.publish("someone/many", "main", saved)
+    card = hub_card("someone/other", "main").model_copy(
+        update={"parts": {"words": "hub:someone/many/text_encoder@main"}}
+    )
+    assert process.submit(names_of_parts, card).result() == {"words": "CLIPTextModel"}
+    assert {path.rpartition("/")[0] for path in hub.asked if path.endswith(".safetensors")} == {
+        f"/someone/many/resolve/{commit_of(saved)}/text_encoder"
+    }
+
+
+def test_pickles_inside_a_repository_are_refused_before_they_are_fetched(
+    hub: "FakeHub", process: ProcessPoolExecutor, saved: Path, tmp_path: Path
+):
+    repository = shutil.copytree(saved, tmp_path / "repository")
+    pickled(repository / "text_encoder")
+    hub.publish("someone/many", "main", repository)
+    card = hub_card("someone/other", "main").model_copy(
+        update={"parts": {"words": "hub:someone/many/text_encoder@main"}}
+    )
+    with pytest.raises(UnsafeWeights, match=r"someone/many/text_encoder/.+\.bin"):
+        process.submit(names_of_parts, card).result()
+
+
+def test_an_adapter_may_be_a_file_inside_a_repository(hub: "FakeHub", process: ProcessPoolExecutor, saved: Path):
+    hub.publish("someone/many", "main", saved)
+    place = "hub:someone/many/unet/diffusion_pytorch_model.safetensors@main"
+    assert process.submit(adapter_file, place).result().is_file()
+    assert hub.files_asked_for() == {"diffusion_pytorch_model.safetensors"}
 
 
 def test_a_repository_of_pickles_is_refused_before_they_are_fetched(

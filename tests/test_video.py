@@ -3,9 +3,11 @@
 import copy
 import io
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import av
+import httpx2
 import numpy as np
 import pytest
 import torch
@@ -14,11 +16,13 @@ from PIL import Image
 from torch import Tensor
 
 from app.jobs import complete
+from app.local import LocalService
 from app.schemas import GenerationRequest, OutputFormat, Parameters
 from models.catalog import CARDS, read_cards
 from models.program import Inputs, generator
 from models.video import Video
 from tests import tiny
+from tests.conftest import local_settings
 from tests.test_journal import resumed_with_the_same_bytes
 from tests.test_stable_diffusion import as_image, run_out
 from workers.curve import warm_up
@@ -184,3 +188,43 @@ def test_what_goes_with_videos(model: str, given: Any, problem: tuple[str, str] 
 def test_what_is_left_open_of_a_video_is_decided():
     r = complete(GenerationRequest(prompt="a cat"), ALL["wan21"], {})
     assert (r.kind, r.num_frames, r.fps, r.output_format) == ("text-to-video", 81, 16, "mp4")
+
+
+def test_a_client_gets_a_video_and_previews_of_it(tmp_path: Path):
+    tiny.save(tiny.wan(), tmp_path / "weights")
+    card = (CARDS / "wan21.toml").read_text()
+    repository = 'kind = "hub"\nrepository = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"\nrevision = "main"'
+    changes = {
+        repository: f'kind = "folder"\npath = "{tmp_path / "weights"}"',
+        'name = "wan21"': 'name = "tiny-video"',
+        "width = 832": "width = 64",
+        "height = 480": "height = 32",
+        "minimum = 256": "minimum = 32",
+        "num_frames = 81": "num_frames = 9",
+        "prompt_tokens = 512": "prompt_tokens = 16",
+        "memory_mib = 24000": "memory_mib = 100",
+    }
+    for before, after in changes.items():
+        assert card.count(before) == 1, before
+        card = card.replace(before, after)
+    (tmp_path / "cards").mkdir()
+    (tmp_path / "cards" / "tiny-video.toml").write_text(card)
+    settings = local_settings(tmp_path / "data", models=("tiny-video",), cards_dir=tmp_path / "cards")
+    with LocalService(settings) as service, httpx2.Client(base_url=service.url, timeout=60) as http:
+        request = {"prompt": "a cat", "num_inference_steps": 4, "preview_every": 2, "seed": 3}
+        wait = {"Prefer": "wait=60"}
+        done = http.post("/v1/generations", json=request, headers=wait).json()
+        assert done["status"] == "succeeded", done
+        assert (done["parameters"]["task"], done["parameters"]["num_frames"]) == ("text-to-video", 9)
+        (image,) = done["images"]
+        assert (image["frames"], image["width"], image["height"]) == (9, 64, 32)
+        file = http.get(image["url"])
+        assert file.headers["content-type"] == "video/mp4"
+        with av.open(io.BytesIO(file.content)) as video:
+            assert len([*video.decode(video=0)]) == 9
+            assert "Steps: 4" in video.metadata["comment"]
+        preview = http.get(f"/v1/generations/{done['id']}/previews/0/2")
+        assert Image.open(io.BytesIO(preview.content)).size == (64, 32)
+        animated = http.post("/v1/generations", json=request | {"output_format": "webp"}, headers=wait).json()
+        with Image.open(io.BytesIO(http.get(animated["images"][0]["url"]).content)) as animation:
+            assert (animation.format, animation.n_frames) == ("WEBP", 9)
