@@ -1,7 +1,7 @@
 """The process that evaluates: an ordinary RQ worker, for jobs of minutes that need no GPU of their own.
 
-A job draws through the queue as any client does, each picture under an idempotency key: begun again, it finds what it had
-drawn. CLIP then judges in this process.
+A job draws through the queue as any client does, each picture under an idempotency key: begun again, it finds what it
+had drawn. CLIP then judges in this process.
 """
 
 import hashlib
