@@ -19,7 +19,8 @@ ServiceError
 """
 
 import http
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import redis.exceptions
@@ -144,9 +145,19 @@ def problem(error: ServiceError) -> JSONResponse:
     return JSONResponse(content, error.status, error.headers, media_type="application/problem+json")
 
 
+@dataclass(frozen=True)
+class Shapes:
+    """How errors are told: by problem documents, but for the paths of other services' clients."""
+
+    by_path: Mapping[str, Callable[[ServiceError], JSONResponse]]  # by what a path begins with
+
+    def answer(self, path: str, error: ServiceError) -> JSONResponse:
+        return next((shape for prefix, shape in self.by_path.items() if path.startswith(prefix)), problem)(error)
+
+
 def show_error(request: Request, error: Exception) -> JSONResponse:
     """Answer a client: the one place where an exception becomes a response."""
-    return problem(as_service_error(request, error))
+    return request.app.state.shapes.answer(request.url.path, as_service_error(request, error))
 
 
 def as_service_error(request: Request, error: Exception) -> ServiceError:

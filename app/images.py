@@ -97,6 +97,21 @@ def read_mask(field: str, text: str, image: Image.Image, max_pixels: int) -> Ima
     return mask
 
 
+def alpha_as_mask(field: str, text: str, max_pixels: int) -> str | None:
+    """White where the picture in base64 is transparent, as base64 of a PNG; None if it is nowhere.
+
+    Raises:
+        InvalidRequest: as `read_image`.
+    """
+    picture = _decoded(field, text, max_pixels)
+    if not picture.has_transparency_data:
+        return None
+    alpha = picture.convert("RGBA").getchannel("A")
+    if alpha.getextrema()[0] == 255:
+        return None
+    return base64.b64encode(png_bytes(alpha.point([255 - value for value in range(256)]))).decode()
+
+
 def png_bytes(image: Image.Image) -> bytes:
     """The picture as a PNG, for the store: lossless, and fast rather than small."""
     out = io.BytesIO()

@@ -5,7 +5,7 @@ import asyncio
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.errors import BodyTooLarge, BodyTooSlow, problem
+from app.errors import BodyTooLarge, BodyTooSlow, Shapes
 
 
 class BodyLimit:
@@ -14,8 +14,8 @@ class BodyLimit:
     And 408 when nothing more of it has come for `silence` seconds.
     """
 
-    def __init__(self, app: ASGIApp, largest: int, silence: float):
-        self.app, self.largest, self.silence = app, largest, silence
+    def __init__(self, app: ASGIApp, largest: int, silence: float, shapes: Shapes):
+        self.app, self.largest, self.silence, self.shapes = app, largest, silence, shapes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -23,7 +23,7 @@ class BodyLimit:
             return
         too_large = BodyTooLarge(f"the body is larger than {self.largest / 2**20:g} MiB")
         if int(Headers(scope=scope).get("content-length", 0)) > self.largest:
-            await problem(too_large)(scope, receive, send)
+            await self.shapes.answer(scope["path"], too_large)(scope, receive, send)
             return
         read, complete = 0, False
 

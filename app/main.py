@@ -19,6 +19,7 @@ from app import errors, events, metrics
 from app.auth import KeyCheck
 from app.connection import connect
 from app.evaluations import Evaluations
+from app.fronts import openai, replicate
 from app.jobs import Jobs
 from app.limits import BodyLimit
 from app.logs import RequestId
@@ -97,12 +98,14 @@ def create_app(settings: Settings, redis_url: str) -> FastAPI:
     app.state.jobs = Jobs(connection, open_store(settings.blobs), catalog, settings)
     app.state.evaluations = Evaluations(connection, app.state.jobs)
     silence = settings.client_timeout.total_seconds()
-    app.add_middleware(BodyLimit, largest=int(settings.max_body_mib * 2**20), silence=silence)
-    app.add_middleware(KeyCheck, keys=settings.api_keys)
+    app.state.shapes = shapes = errors.Shapes({"/v1/images/": openai.error_response})
+    largest = int(settings.max_body_mib * 2**20)
+    app.add_middleware(BodyLimit, largest=largest, silence=silence, shapes=shapes)
+    app.add_middleware(KeyCheck, keys=settings.api_keys, shapes=shapes)
     app.add_middleware(HeadAsGet)
     app.add_middleware(RequestId)
     errors.install(app)
-    for routes in (generations, models, evaluations, health):
+    for routes in (generations, models, evaluations, openai, replicate, health):
         app.include_router(routes.router)
     metrics.started(VERSION, catalog.names)
     return app

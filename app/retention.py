@@ -16,11 +16,11 @@ from redis.exceptions import RedisError
 from rq.job import Job
 
 from app.jobs import age_of, is_id
-from app.storage import BlobStore, evaluation_folder, generation_folder
+from app.storage import BlobStore
 
 log = structlog.get_logger()
 
-FOLDERS = [folder_of("").rstrip("/") for folder_of in (generation_folder, evaluation_folder)]
+FOLDERS = ("generations", "evaluations", "uploads")  # of uploads Redis knows nothing: they go by their age
 LOCK = "darkroom:sweep"
 SWEEPS = 4  # in each `result_ttl`, so that a file outlives its generation by a quarter at most
 SOONEST, LATEST = timedelta(minutes=1), timedelta(hours=1)  # between two sweeps, whatever the `result_ttl`

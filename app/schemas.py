@@ -324,8 +324,12 @@ class ModelDefaults(BaseModel):
 
 
 class Model(BaseModel):
-    """What a model can do: all that a client needs to build a form."""
+    """What a model can do: all that a client needs to build a form. `id`, `object` and the two after it are OpenAI's."""
 
+    id: str
+    object: Literal["model"] = "model"
+    created: int = Field(0, description="Not known.")
+    owned_by: str = "darkroom"
     name: str
     title: str
     description: str
@@ -345,6 +349,7 @@ class Model(BaseModel):
 
 
 class ModelList(BaseModel):
+    object: Literal["list"] = "list"
     data: list[Model]
 
 

@@ -1,5 +1,6 @@
 """Blobs in a directory or in S3: the pictures that clients sent, the previews and the results."""
 
+import hashlib
 import os
 import re
 import shutil
@@ -139,6 +140,11 @@ def generation_folder(generation_id: str) -> str:
 
 def evaluation_folder(evaluation_id: str) -> str:
     return f"evaluations/{evaluation_id}"
+
+
+def upload_key(owner: str, id: str) -> str:
+    """Of a file that a client sent ahead of its request: owners cannot read each other's."""
+    return f"uploads/{id}/{hashlib.sha256(owner.encode()).hexdigest()}"
 
 
 def image_key(generation_id: str, index: int, output_format: OutputFormat) -> str:

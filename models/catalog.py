@@ -155,8 +155,8 @@ class ModelCard(Strict):
 
     def public(self) -> Model:
         """The part of the card that clients see."""
-        shown = {name: getattr(self, name) for name in Model.model_fields}
-        return Model.model_validate(shown | {"loras": list(self.loras)})
+        shown = {name: getattr(self, name) for name in Model.model_fields if hasattr(self, name)}
+        return Model.model_validate(shown | {"id": self.name, "loras": list(self.loras)})
 
     def kind(self, request: GenerationRequest) -> Task:
         """The task of a request to this model, also where it is not named."""

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -154,26 +155,42 @@ def test_without_a_service_generate_starts_one_and_leaves_nothing_behind(tmp_pat
     assert not list(tmp_path.glob("darkroom-*")), "temporary files are left"
 
 
+UP = 4  # parts of `darkroom up`: Valkey, the API, a worker, the evaluator
+
+
+@pytest.fixture
+def begun() -> Iterator[list[subprocess.Popen[bytes]]]:
+    """What a test has begun; it does not outlive the test, whatever becomes of that."""
+    processes = list[subprocess.Popen[bytes]]()
+    yield processes
+    for process in processes:
+        process.kill()
+
+
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], ids=lambda kill: kill.name)
 @pytest.mark.parametrize("moment", [0.0, 6.0])
-def test_up_killed_at_any_moment_leaves_no_process_behind(tmp_path: Path, kill: signal.Signals, moment: float):
+def test_up_killed_at_any_moment_leaves_no_process_behind(
+    tmp_path: Path, kill: signal.Signals, moment: float, begun: list[subprocess.Popen[bytes]]
+):
     process = subprocess.Popen(
         [*DARKROOM, "up", "--port", "0", "--data-dir", "data"],
         cwd=tmp_path,
         env=path_to_us(),
         stderr=subprocess.DEVNULL,
     )
-    children = wait_for(lambda: len(found := started_by(process.pid)) == 3 and found)
+    begun.append(process)
+    children = wait_for(lambda: len(found := started_by(process.pid)) == UP and found)
     time.sleep(moment)
     process.send_signal(kill)
     process.wait(40)
     wait_for(lambda: not any(running(child) for child in children), 20)
 
 
-def test_killed_with_its_parent_when_make_is_killed(tmp_path: Path):
+def test_killed_with_its_parent_when_make_is_killed(tmp_path: Path, begun: list[subprocess.Popen[bytes]]):
     script = f"{sys.executable} -m app.cli up --port 0 --data-dir data --with-parent; true"
     shell = subprocess.Popen(["sh", "-c", script], cwd=tmp_path, env=path_to_us(), stderr=subprocess.DEVNULL)
-    everything = wait_for(lambda: len(found := started_by(shell.pid)) == 4 and found)
+    begun.append(shell)
+    everything = wait_for(lambda: len(found := started_by(shell.pid)) == UP + 1 and found)
     shell.kill()
     shell.wait(10)
     wait_for(lambda: not any(running(process) for process in everything), 40)

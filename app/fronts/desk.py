@@ -1,0 +1,119 @@
+"""What every front does: hand a generation in, wait for it, fetch its pictures. Translating is the front's own affair."""
+
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any
+
+import anyio.to_thread
+from fastapi import Depends, Request
+from fastapi.concurrency import run_in_threadpool
+from pydantic import ValidationError
+
+from app import events
+from app.auth import Owner, signed
+from app.errors import InvalidRequest, TooManyListeners
+from app.jobs import Jobs
+from app.routes.generations import until_ended
+from app.schemas import PICTURES, Generation, GenerationRequest, Task
+from app.settings import Settings
+from models.catalog import ModelCard
+
+
+class Desk:
+    """One request of a front, and who made it."""
+
+    def __init__(self, request: Request, owner: Owner):
+        self.request, self.owner = request, owner
+        self.jobs: Jobs = request.app.state.jobs
+        self.listeners: events.Listeners = request.app.state.listeners
+        self.settings: Settings = request.app.state.settings
+
+    async def submit(self, asked: GenerationRequest, idempotency_key: str | None = None) -> Generation:
+        """Queue it. Raises as `Jobs.submit` does."""
+        brings_pictures = any(getattr(asked, field) is not None for field in PICTURES)
+        threads = self.request.app.state.decoders if brings_pictures else None
+        generation, _ = await anyio.to_thread.run_sync(
+            self.jobs.submit, asked, self.owner, idempotency_key, limiter=threads
+        )
+        return generation
+
+    async def ended(self, generation: Generation, seconds: float | None = None) -> Generation:
+        """As it stands when it has ended, or so many seconds later; as long as clients may wait if none are given."""
+        longest = self.settings.max_wait.total_seconds()
+        with self.listeners.place() as free:
+            if not free:
+                raise TooManyListeners("this server has as many streams open as it may; ask again")
+            seconds = longest if seconds is None else min(seconds, longest)
+            return await until_ended(
+                self.request, self.jobs, self.listeners, generation, self.owner, max(1, round(seconds))
+            )
+
+    async def fetch(self, id: str) -> Generation:
+        return await run_in_threadpool(self.jobs.fetch, id, self.owner)
+
+    async def picture(self, generation: Generation, index: int) -> bytes:
+        """A picture's file."""
+
+        def read() -> bytes:
+            record = self.jobs.record(generation.id, self.owner)
+            return self.jobs.blobs.open(record.meta["images"][index]["key"])
+
+        return await run_in_threadpool(read)
+
+    def url(self, path: str) -> str:
+        """Where anybody who is given it may fetch a file: clients of other services bring no key for that."""
+        query = signed(path, self.owner, self.settings.api_keys)
+        return self.absolute(path) + (f"?{query}" if query else "")
+
+    def absolute(self, path: str) -> str:
+        return str(self.request.base_url).rstrip("/") + path
+
+    def card_for(self, task: Task) -> ModelCard:
+        """The first model that does such a task; the default if none does, which will then say so."""
+        return next((card for card in self.jobs.catalog if task in card.tasks), self.jobs.catalog.default)
+
+
+DeskDep = Annotated[Desk, Depends(Desk)]
+
+
+def asked_for(fields: Mapping[str, Any], names: Mapping[str, str] | None = None) -> GenerationRequest:
+    """A request of ours, from what a client of another service sent; numbers may be text.
+
+    Args:
+        names: what the client calls a field, where that is not our name.
+
+    Raises:
+        InvalidRequest: it names the fields as the client does.
+    """
+    names = names or {}
+    try:
+        given = {name: value for name, value in fields.items() if value is not None}
+        return GenerationRequest.model_validate(given, strict=False)
+    except ValidationError as error:
+        raise InvalidRequest([(dotted(entry["loc"], names), entry["msg"]) for entry in error.errors()]) from None
+
+
+def dotted(location: Iterable[int | str], names: Mapping[str, str]) -> str:
+    first, *rest = location
+    return ".".join(str(part) for part in (names.get(str(first), first), *rest))
+
+
+def renamed(error: InvalidRequest, names: Mapping[str, str]) -> InvalidRequest:
+    """The same, with fields as the client calls them."""
+    return InvalidRequest([(dotted(field.split("."), names), what) for field, what in error.errors])
+
+
+def nearest_size(card: ModelCard, width: int, height: int) -> tuple[int, int]:
+    """What the model draws that is most like it: itself, if it can; else the same shape at the model's own area."""
+    size = card.size
+
+    def possible(pixels: int) -> bool:
+        return size.minimum <= pixels <= size.maximum and pixels % size.multiple_of == 0
+
+    if possible(width) and possible(height):
+        return width, height
+    scale = (size.width * size.height / (width * height)) ** 0.5
+    low, high = -(-size.minimum // size.multiple_of), size.maximum // size.multiple_of
+    wide, tall = (
+        max(low, min(high, round(pixels * scale / size.multiple_of))) * size.multiple_of for pixels in (width, height)
+    )
+    return wide, tall
