@@ -16,13 +16,14 @@ UV := .venv/bin/uv pip install -q --python .venv/bin/python
 
 setup: .venv/.done
 
-.venv/.done: pyproject.toml torch.txt requirements.lock
+.venv/.done: pyproject.toml torch.txt requirements.lock tests/clients/openai-1.txt
 	@echo "setting up .venv (once; about a minute)"
 	@$(PYTHON) -m venv .venv
 	@.venv/bin/python -m pip install -qq uv==0.13.9
 	@$(UV) $(TORCH_FROM) -r torch.txt || $(UV) -r torch.txt
 	@$(UV) --no-deps --require-hashes -r requirements.lock
 	@$(UV) --no-deps -e .
+	@$(UV) --no-deps --require-hashes --target .venv/openai-1 -r tests/clients/openai-1.txt
 	@touch $@
 
 demo: setup
