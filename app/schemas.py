@@ -324,7 +324,7 @@ class ModelDefaults(BaseModel):
 
 
 class Model(BaseModel):
-    """What a model can do: all that a client needs to build a form. `id`, `object` and the two after it are OpenAI's."""
+    """What a model can do: all that a client needs to build a form. `id` to `owned_by` are for OpenAI's clients."""
 
     id: str
     object: Literal["model"] = "model"

@@ -2,10 +2,13 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from app.cli import cli
+from app.fronts import openai, replicate
+from app.local import LocalService
 from app.main import create_app
 from app.schemas import GenerationRequest, Guidance
 from app.settings import Settings, as_text
@@ -14,6 +17,7 @@ from models.catalog import CARDS, read_cards
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 SETTINGS = (ROOT / "docs" / "settings.md").read_text()
+FRONTS = {name: (ROOT / "docs" / f"{name}.md").read_text() for name in ("openai", "replicate")}
 
 
 @pytest.mark.parametrize("name", Settings.model_fields)
@@ -30,11 +34,11 @@ def test_no_setting_is_documented_that_does_not_exist():
     assert named <= {name.upper() for name in Settings.model_fields} | {"URL", "API_KEY"}
 
 
-def test_every_endpoint_is_in_the_readme(tmp_path: Path):
+def test_every_endpoint_is_in_the_readme_or_on_its_fronts_page(tmp_path: Path):
     app = create_app(Settings(data_dir=tmp_path), "redis://localhost:1")
     for path, methods in app.openapi()["paths"].items():
         for method in methods:
-            assert f"`{method.upper()} {path}`" in README or f"{method.upper()} {path}" in README, f"{method} {path}"
+            assert f"{method.upper()} {path}" in README + "".join(FRONTS.values()), f"{method} {path}"
 
 
 @pytest.mark.parametrize("card", list(read_cards(CARDS)), ids=lambda card: card.name)
@@ -47,6 +51,25 @@ def test_every_model_is_in_the_readme(card):
 @pytest.mark.parametrize("field", [*GenerationRequest.model_fields, *Guidance.model_fields])
 def test_every_field_of_a_request_is_in_the_readme(field: str):
     assert f"`{field}`" in README
+
+
+def test_every_field_of_a_front_is_on_its_page():
+    theirs = [*openai.ImageRequest.model_fields]
+    assert [name for name in theirs if f"`{name}`" not in FRONTS["openai"]] == []
+    theirs = [*replicate.OURS, *replicate.UNHEEDED, *replicate.PredictionRequest.model_fields]
+    assert [name for name in theirs if f"`{name}`" not in FRONTS["replicate"]] == ["model", "stream"]
+
+
+@pytest.mark.parametrize("page", FRONTS)
+def test_the_code_on_a_fronts_page_runs(
+    page: str, service: LocalService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", FRONTS[page], re.S)
+    assert len(blocks) > 1
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(block.replace("http://127.0.0.1:8000", service.url), names)
 
 
 @pytest.mark.parametrize("command", [c.name or c.callback.__name__ for c in cli.registered_commands if c.callback])

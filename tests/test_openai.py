@@ -49,7 +49,13 @@ def generation(service: LocalService, id: str) -> dict[str, Any]:
 
 def test_a_script_for_openai_draws_with_another_base_url(client: OpenAI, service: LocalService):
     made: Any = client.images.generate(
-        model="gpt-image-1", prompt="a red apple", n=2, size="1024x1024", quality="low", user="ada", extra_body={"seed": 7}
+        model="gpt-image-1",
+        prompt="a red apple",
+        n=2,
+        size="1024x1024",
+        quality="low",
+        user="ada",
+        extra_body={"seed": 7},
     )
     assert [decoded(one.b64_json).size for one in made.data] == [(128, 128)] * 2
     assert (made.size, made.quality, made.output_format, made.background) == ("128x128", "low", "png", "opaque")
@@ -119,7 +125,9 @@ def test_a_wrong_field_is_told_in_openais_way(client: OpenAI, given: dict[str, A
     )
 
 
-@pytest.mark.parametrize(("body", "kind"), [(b"{", "application/json"), (b"[]", "application/json"), (b"a=b", "text/plain")])
+@pytest.mark.parametrize(
+    ("body", "kind"), [(b"{", "application/json"), (b"[]", "application/json"), (b"a=b", "text/plain")]
+)
 def test_a_body_that_is_none_is_told_in_openais_way(service: LocalService, body: bytes, kind: str):
     url = f"{service.url}/v1/images/generations"
     answer = httpx2.post(url, content=body, headers={"Content-Type": kind})
@@ -170,11 +178,12 @@ def test_a_generation_that_is_canceled_ends_its_stream_with_an_error(client: Ope
     stream = client.images.generate(
         prompt="a slow one", stream=True, partial_images=3, size="256x256", extra_body={"num_inference_steps": 100}
     )
+    next(iter(stream))
+    listed = httpx2.get(f"{service.url}/v1/generations").json()["data"]
+    id = next(one["id"] for one in listed if one["parameters"]["prompt"] == "a slow one")
+    httpx2.delete(f"{service.url}/v1/generations/{id}")
     with pytest.raises(openai.APIError, match="canceled"):
-        for _ in stream:
-            listed = httpx2.get(f"{service.url}/v1/generations").json()["data"]
-            id = next(one["id"] for one in listed if one["parameters"]["prompt"] == "a slow one")
-            httpx2.delete(f"{service.url}/v1/generations/{id}")
+        list(stream)
 
 
 # -- edits and variations
@@ -207,13 +216,19 @@ def test_an_edit_without_a_mask_starts_from_the_picture(client: OpenAI, service:
 
 def test_an_edit_streams_too(client: OpenAI):
     stream = client.images.edit(
-        image=("a.png", png("green"), "image/png"), prompt="a dog", stream=True, partial_images=1, extra_body={"num_inference_steps": 20}
+        image=("a.png", png("green"), "image/png"),
+        prompt="a dog",
+        stream=True,
+        partial_images=1,
+        extra_body={"num_inference_steps": 20},
     )
     assert [one.type for one in stream] == ["image_edit.partial_image", "image_edit.completed"]
 
 
 def test_a_variation_is_drawn_by_a_model_that_can(client: OpenAI, service: LocalService):
-    made: Any = client.images.create_variation(image=("a.png", png("red"), "image/png"), n=2, response_format="b64_json")
+    made: Any = client.images.create_variation(
+        image=("a.png", png("red"), "image/png"), n=2, response_format="b64_json"
+    )
     assert len(made.data) == 2
     assert made.model == "emoji-unclip"
     assert generation(service, made.data[0].job_id)["parameters"]["task"] == "variation"
@@ -224,7 +239,13 @@ def test_a_variation_is_drawn_by_a_model_that_can(client: OpenAI, service: Local
     [
         ({}, "image"),
         ({"image": ("a.txt", b"not a picture", "text/plain")}, "image"),
-        ({"image": ("a.png", png(), "image/png"), "mask": ("m.png", png(size=(64, 64), mode="L", colour=255), "image/png")}, "mask"),
+        (
+            {
+                "image": ("a.png", png(), "image/png"),
+                "mask": ("m.png", png(size=(64, 64), mode="L", colour=255), "image/png"),
+            },
+            "mask",
+        ),
     ],
 )
 def test_a_wrong_upload_is_told_in_openais_way(service: LocalService, files: dict[str, Any], param: str):

@@ -2,7 +2,6 @@
 
 import io
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import httpx2
@@ -18,8 +17,8 @@ MODEL = "darkroom/emoji-sd"
 
 
 @pytest.fixture
-def client(service: LocalService) -> Iterator[Client]:
-    yield Client(api_token="none", base_url=service.url)
+def client(service: LocalService) -> Client:
+    return Client(api_token="none", base_url=service.url)
 
 
 def opened(url: Any) -> Image.Image:
@@ -64,7 +63,8 @@ def test_a_prediction_is_polled_and_says_how_far_it_is(client: Client, service: 
         prediction.reload()
     assert prediction.status == "succeeded"
     assert seen
-    assert prediction.metrics and prediction.metrics["predict_time"] > 0
+    assert prediction.metrics
+    assert prediction.metrics["predict_time"] > 0
     assert (prediction.input or {})["seed"] == 7
     ours = httpx2.get(f"{service.url}/v1/generations/{prediction.id}").json()
     assert ours["status"] == "succeeded"
@@ -95,7 +95,9 @@ def test_a_picture_is_uploaded_and_repainted(client: Client, service: LocalServi
     Image.new("RGB", (128, 128), "teal").save(out, "PNG")
     out.seek(0)
     out.name = "teal.png"  # pyright: ignore[reportAttributeAccessIssue]
-    output: Any = client.run(MODEL, input={**BRIEF, "image": out, "prompt_strength": 0.4}, file_encoding_strategy="base64")
+    output: Any = client.run(
+        MODEL, input={**BRIEF, "image": out, "prompt_strength": 0.4}, file_encoding_strategy="base64"
+    )
     assert len(output) == 1
     out.seek(0)
     file = client.files.create(out)

@@ -1,4 +1,4 @@
-"""What every front does: hand a generation in, wait for it, fetch its pictures. Translating is the front's own affair."""
+"""What every front does: hand a generation in, wait for it, fetch its pictures. Translating is each front's own."""
 
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any

@@ -31,7 +31,14 @@ from models.catalog import ModelCard
 router = APIRouter(prefix="/v1/images", tags=["OpenAI"])
 
 THEIR_MODELS = re.compile(r"(dall-e|gpt-image|chatgpt-image)[\w.-]*")  # stand for whatever does the task here
-QUALITIES = {"low": 0.5, "medium": 1.0, "standard": 1.0, "auto": 1.0, "high": 2.0, "hd": 2.0}  # of a model's usual steps
+QUALITIES = {
+    "low": 0.5,
+    "medium": 1.0,
+    "standard": 1.0,
+    "auto": 1.0,
+    "high": 2.0,
+    "hd": 2.0,
+}  # of a model's usual steps
 NAMES = {"width": "size", "height": "size", "num_inference_steps": "quality"}  # what ours are made of
 OURS = set(GenerationRequest.model_fields) - {"image", "mask", "width", "height", "preview_every", "task"}
 NEWS = {"succeeded": "completed", "preview": "partial_image"}
@@ -172,7 +179,9 @@ def translate(desk: Desk, task: Task, fields: Mapping[str, Any], pictures: Mappi
     try:
         body = ImageRequest.model_validate(fields)
     except ValidationError as error:
-        raise InvalidRequest([(dotted(entry["loc"] or ("body",), {}), entry["msg"]) for entry in error.errors()]) from None
+        raise InvalidRequest(
+            [(dotted(entry["loc"] or ("body",), {}), entry["msg"]) for entry in error.errors()]
+        ) from None
     extra = {name: value for name, value in (body.model_extra or {}).items() if value is not None}
     if unknown := sorted(extra.keys() - OURS):
         raise InvalidRequest([(name, "is no field of this API, nor of Darkroom's") for name in unknown])
@@ -320,7 +329,9 @@ async def streamed(desk: Desk, task: Task, translated: Translated, generation: G
                 elif event.name == "preview" and partial < wanted:
                     data = await run_in_threadpool(preview, desk, generation, event.data, r.output_format)
                     if data:
-                        yield sent(f"{kind}.partial_image", {"b64_json": data, "partial_image_index": partial, **common})
+                        yield sent(
+                            f"{kind}.partial_image", {"b64_json": data, "partial_image_index": partial, **common}
+                        )
                         partial += 1
         done = await desk.fetch(generation.id)
         if done.status != "succeeded":

@@ -47,7 +47,15 @@ OURS = {  # their names for fields of ours, beside our own
     "prompt_strength": "strength",
     "init_image": "image",
 }
-UNHEEDED = ("output_quality", "disable_safety_checker", "go_fast", "megapixels", "apply_watermark", "refine", "lora_scale")
+UNHEEDED = (
+    "output_quality",
+    "disable_safety_checker",
+    "go_fast",
+    "megapixels",
+    "apply_watermark",
+    "refine",
+    "lora_scale",
+)
 PAGE = 100
 SINCE = datetime(2026, 1, 1, tzinfo=UTC)  # when a model was made is not known
 
@@ -83,7 +91,13 @@ async def create(
 
 @router.post("/models/{owner}/{name}/predictions", status_code=201, dependencies=[Depends(json_only)])
 async def create_of_model(
-    owner: str, name: str, body: PredictionRequest, response: Response, desk: DeskDep, wait: Wait, key: IdempotencyKey = None
+    owner: str,
+    name: str,
+    body: PredictionRequest,
+    response: Response,
+    desk: DeskDep,
+    wait: Wait,
+    key: IdempotencyKey = None,
 ) -> dict[str, Any]:
     """A prediction of a model."""
     return await predicted(desk, body, model_named(desk, owner, name), response, wait, key)
