@@ -37,6 +37,7 @@ DESCRIPTION = """Pictures from guided diffusion models: queued durably, drawn to
 Errors are RFC 9457 problem documents; `errors` names each wrong field."""
 
 
+ROUTES = (generations, models, evaluations, openai, replicate, health)
 DECODERS = 20  # threads for submissions with pictures; AnyIO's 40 are for everything else
 
 
@@ -105,7 +106,7 @@ def create_app(settings: Settings, redis_url: str) -> FastAPI:
     app.add_middleware(HeadAsGet)
     app.add_middleware(RequestId)
     errors.install(app)
-    for routes in (generations, models, evaluations, openai, replicate, health):
+    for routes in ROUTES:
         app.include_router(routes.router)
     metrics.started(VERSION, catalog.names)
     return app

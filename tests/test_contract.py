@@ -84,6 +84,7 @@ def asking(document: dict[str, Any], ids: list[str]) -> BaseSchema:
         # What the schema allows, the card of a model may not: `what_a_model_narrows` looks which fields it refuses.
         "operations": [
             {"include-name": f"POST {URL}", "checks": {"positive_data_acceptance": also(422)}},
+            {"include-name": "POST /v1/evaluations", "checks": {"positive_data_acceptance": also(422)}},
             {"include-path-regex": "images|previews", "checks": {"positive_data_acceptance": also(416)}},
             # It reads each event of a stream by the schema of the stream, as in OpenAPI 3.2; ours is 3.1.
             {"include-path-regex": "events$", "checks": {"response_schema_conformance": {"enabled": False}}},
@@ -162,7 +163,7 @@ def what_a_model_narrows(ctx: CheckContext, response: Response, case: schemathes
     if is_positive(case) and response.status_code == 422 and case.method == "POST":
         fields = {error["field"] for error in response.json().get("errors", [{"field": "Idempotency-Key"}])}
         narrowed = {"model", "n", "best_of", "width", "height", "num_inference_steps", "guidance_scale", "scheduler"}
-        narrowed |= {"num_frames", "fps", "output_format"}
+        narrowed |= {"num_frames", "fps", "output_format", "suite", "prompts", *(f"models.{i}" for i in range(16))}
         together = {*BY_TASK, "prompt", "negative_prompt"}
         steering = {f"guidance.{name}" for name in Guidance.model_fields}
         worn = {f"loras.{i}.name" for i in range(4)}

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi.routing import APIRoute
 
 from app.cli import cli
 from app.fronts import openai, replicate
 from app.local import LocalService
-from app.main import create_app
+from app.main import ROUTES
 from app.schemas import GenerationRequest, Guidance
 from app.settings import Settings, as_text
 from models.catalog import CARDS, read_cards
@@ -34,11 +35,12 @@ def test_no_setting_is_documented_that_does_not_exist():
     assert named <= {name.upper() for name in Settings.model_fields} | {"URL", "API_KEY"}
 
 
-def test_every_endpoint_is_in_the_readme_or_on_its_fronts_page(tmp_path: Path):
-    app = create_app(Settings(data_dir=tmp_path), "redis://localhost:1")
-    for path, methods in app.openapi()["paths"].items():
-        for method in methods:
-            assert f"{method.upper()} {path}" in README + "".join(FRONTS.values()), f"{method} {path}"
+def test_every_endpoint_is_in_the_readme_or_on_its_fronts_page():
+    routes = [route for module in ROUTES for route in module.router.routes if isinstance(route, APIRoute)]
+    assert len(routes) > 20
+    for route in routes:
+        for method in route.methods:
+            assert f"{method} {route.path}" in README + "".join(FRONTS.values())
 
 
 @pytest.mark.parametrize("card", list(read_cards(CARDS)), ids=lambda card: card.name)

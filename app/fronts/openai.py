@@ -28,7 +28,7 @@ from app.schemas import Generation, GenerationRequest, Task
 from app.storage import preview_key
 from models.catalog import ModelCard
 
-router = APIRouter(prefix="/v1/images", tags=["OpenAI"])
+router = APIRouter(prefix="/v1/images", include_in_schema=False)  # the document of this API is OpenAI's
 
 THEIR_MODELS = re.compile(r"(dall-e|gpt-image|chatgpt-image)[\w.-]*")  # stand for whatever does the task here
 QUALITIES = {

@@ -27,7 +27,7 @@ from app.schemas import PICTURES, Generation, GenerationRequest, Status
 from app.storage import upload_key
 from models.catalog import ModelCard
 
-router = APIRouter(prefix="/v1", tags=["Replicate"])
+router = APIRouter(prefix="/v1", include_in_schema=False)  # the document of this API is Replicate's
 
 OWNER = "darkroom"
 STATUS: dict[Status, str] = {  # there is no other word that their client bears

@@ -17,7 +17,7 @@ from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from app import events
 from app.auth import Owner
-from app.errors import NotFound, TooManyListeners, UnsupportedMediaType
+from app.errors import InvalidRequest, NotFound, TooManyListeners, UnsupportedMediaType
 from app.files import file_response
 from app.images import MEDIA_TYPES
 from app.jobs import Jobs, Record
@@ -101,6 +101,13 @@ def json_only(request: Request) -> None:
         raise UnsupportedMediaType(f"send application/json, not {kind or 'a body of no declared type'}")
 
 
+def each_once(request: Request) -> None:
+    """Of a name that comes twice in a query, FastAPI would take the last."""
+    names = [name for name, _ in request.query_params.multi_items()]
+    if twice := {name: "is there more than once" for name in names if names.count(name) > 1}:
+        raise InvalidRequest([*twice.items()])
+
+
 def seconds_to_wait(
     settings: Annotated[Settings, Depends(settings)],
     prefer: Annotated[str | None, Header(description="`wait=10`: answer when it has ended, or in 10 seconds")] = None,
@@ -154,7 +161,7 @@ async def create(
     return generation
 
 
-@router.get("")
+@router.get("", dependencies=[Depends(each_once)])
 def index(
     response: Response, jobs: JobsDep, owner: Owner, wanted: Annotated[GenerationFilter, Query()]
 ) -> GenerationList:
