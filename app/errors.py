@@ -11,6 +11,8 @@ ServiceError
  ├─ MethodNotAllowed 405       `Allow` says which are
  ├─ NotCancelable 409          it has ended already
  ├─ NotRequeueable 409         for operators: it has not failed
+ ├─ Unfinished 400             there is no result yet
+ ├─ Leaving 503                this process ends while a client waits; the generation goes on
  ├─ IdempotencyConflict 422    the key was used with another body
  ├─ RangeNotSatisfiable 416    the picture has no such bytes
  ├─ QueueFull 503              with Retry-After
@@ -101,6 +103,17 @@ class NotCancelable(ServiceError):
 
 class NotRequeueable(ServiceError):
     status, kind = 409, "not-requeueable"
+
+
+class Unfinished(ServiceError):
+    status, kind = 400, "unfinished"
+
+
+class Leaving(ServiceError):
+    status, kind = 503, "leaving"
+
+    def __init__(self, detail: str):
+        super().__init__(detail, headers={"Retry-After": "1"})
 
 
 class IdempotencyConflict(ServiceError):

@@ -165,6 +165,23 @@ def parameters_text(parameters: Parameters, seed: int) -> str:
     return "\n".join(lines)
 
 
+def read_text(field: str, text: str, max_pixels: int) -> str:
+    """What the picture's file says of how it was made, where the AUTOMATIC1111 web UI looks for it; empty if nothing.
+
+    Raises:
+        InvalidRequest: as `read_image`.
+    """
+    _decoded(field, text, max_pixels)
+    picture = Image.open(io.BytesIO(_unpacked(field, text)), formats=ACCEPTED)
+    said = picture.info.get("parameters")
+    if isinstance(said, str):
+        return said
+    comment = picture.getexif().get_ifd(EXIF_DIRECTORY).get(USER_COMMENT, b"")
+    if isinstance(comment, bytes) and comment.startswith(b"UNICODE\0"):
+        return comment[8:].decode("utf-16-be", errors="replace")
+    return ""
+
+
 def _decoded(field: str, text: str, max_pixels: int) -> Image.Image:
     """The picture as its file has it, upright and with at most eight bits a channel."""
     data = _unpacked(field, text)

@@ -19,7 +19,7 @@ from app import errors, events, metrics
 from app.auth import KeyCheck
 from app.connection import connect
 from app.evaluations import Evaluations
-from app.fronts import openai, replicate
+from app.fronts import a1111, fal, openai, replicate
 from app.jobs import Jobs
 from app.limits import BodyLimit
 from app.logs import RequestId
@@ -37,7 +37,7 @@ DESCRIPTION = """Pictures from guided diffusion models: queued durably, drawn to
 Errors are RFC 9457 problem documents; `errors` names each wrong field."""
 
 
-ROUTES = (generations, models, evaluations, openai, replicate, health)
+ROUTES = (generations, models, evaluations, openai, a1111, replicate, fal, health)
 DECODERS = 20  # threads for submissions with pictures; AnyIO's 40 are for everything else
 
 
@@ -99,7 +99,9 @@ def create_app(settings: Settings, redis_url: str) -> FastAPI:
     app.state.jobs = Jobs(connection, open_store(settings.blobs), catalog, settings)
     app.state.evaluations = Evaluations(connection, app.state.jobs)
     silence = settings.client_timeout.total_seconds()
-    app.state.shapes = shapes = errors.Shapes({"/v1/images/": openai.error_response})
+    app.state.shapes = shapes = errors.Shapes(
+        {"/v1/images/": openai.error_response, "/sdapi/": a1111.error_response, "/fal/": fal.error_response}
+    )
     largest = int(settings.max_body_mib * 2**20)
     app.add_middleware(BodyLimit, largest=largest, silence=silence, shapes=shapes)
     app.add_middleware(KeyCheck, keys=settings.api_keys, shapes=shapes)

@@ -165,5 +165,9 @@ def page_key(generation_id: str, index: int, attempt: int, number: int) -> str:
     return f"{journal_folder(generation_id)}/{index}/{attempt:03}-{number:05}"
 
 
+def preview_folder(generation_id: str) -> str:
+    return f"{generation_folder(generation_id)}/previews"
+
+
 def preview_key(generation_id: str, index: int, step: int) -> str:
-    return f"{generation_folder(generation_id)}/previews/{index}/{step}"
+    return f"{preview_folder(generation_id)}/{index}/{step}"

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from app import events
 from app.auth import Owner, signed
-from app.errors import InvalidRequest, TooManyListeners
+from app.errors import InvalidRequest, Leaving, TooManyListeners
 from app.jobs import Jobs
 from app.routes.generations import until_ended
 from app.schemas import PICTURES, Generation, GenerationRequest, Task
@@ -46,6 +46,23 @@ class Desk:
             return await until_ended(
                 self.request, self.jobs, self.listeners, generation, self.owner, max(1, round(seconds))
             )
+
+    async def ended_at_last(self, generation: Generation) -> Generation:
+        """As it stands when it has ended, however long that takes: for clients that neither poll nor ask again.
+
+        Raises:
+            Leaving: this process has to end first.
+        """
+        with self.listeners.place() as free:
+            if not free:
+                raise TooManyListeners("this server has as many streams open as it may; ask again")
+            longest = round(
+                self.settings.job_timeout.total_seconds() + self.settings.max_queued_seconds.total_seconds()
+            )
+            ended = await until_ended(self.request, self.jobs, self.listeners, generation, self.owner, longest)
+        if ended.status not in events.ENDED:
+            raise Leaving(f"this server is being restarted; generation {generation.id} goes on, and can be fetched")
+        return ended
 
     async def fetch(self, id: str) -> Generation:
         return await run_in_threadpool(self.jobs.fetch, id, self.owner)
