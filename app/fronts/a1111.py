@@ -68,6 +68,7 @@ HANDLED = {
 }
 AS_USUAL: dict[str, Any] = {  # what clients send when they mean nothing by it
     "scheduler": "automatic",
+    "eta": 1,
     "hr_scale": 2,
     "hr_upscaler": "Latent",
     "s_noise": 1,
@@ -215,7 +216,7 @@ def unheeded_of(body: Drawing, from_a_picture: bool) -> list[str]:
     meant = {
         name: value
         for name, value in fields.items()
-        if name not in HANDLED and value not in NOTHING and str(value).lower() != str(AS_USUAL.get(name)).lower()
+        if name not in HANDLED and value not in NOTHING and not is_usual(name, value)
     }
     if not fields.get("enable_hr"):  # what belongs to it means nothing then
         meant = {name: value for name, value in meant.items() if not name.startswith(("hr_", "firstphase_"))}
@@ -226,6 +227,11 @@ def unheeded_of(body: Drawing, from_a_picture: bool) -> list[str]:
         + sorted(f"override_settings.{name}" for name in others)
         + sorted(f"alwayson_scripts.{name}" for name in scripts)
     )
+
+
+def is_usual(name: str, value: Any) -> bool:
+    usual = AS_USUAL.get(name)
+    return value == usual or str(value).lower() == str(usual).lower()
 
 
 def is_on(script: Any) -> bool:

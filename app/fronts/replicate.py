@@ -8,6 +8,7 @@ import base64
 import hashlib
 import json
 import math
+import re
 from collections.abc import AsyncIterator, Mapping
 from datetime import UTC, datetime
 from typing import Annotated, Any
@@ -166,12 +167,13 @@ async def predicted(
         generation = await desk.submit(asked, key)
     except InvalidRequest as error:
         raise in_input(renamed(error, names_in(body.input))) from None
-    prediction = shown(desk, generation)
+    if re.search(r"(?:^|[,;\s])wait\s*(?:$|[,;])", desk.request.headers.get("prefer", "")):  # as their `run` sends it
+        wait = int(desk.settings.max_wait.total_seconds())
+    prediction = shown(desk, await desk.ended(generation, wait) if wait else generation)
     if wait:
-        prediction = shown(desk, await desk.ended(generation, wait))
-        if prediction["status"] == "processing":
-            prediction["status"] = "starting"  # or their client takes it for done
         response.headers["Preference-Applied"] = f"wait={wait}"
+    if prediction["status"] == "processing":
+        prediction["status"] = "starting"  # or their `run` takes it for done
     response.headers["Location"] = prediction["urls"]["get"]
     prediction["logs"] = "".join(f"input.{name} is not heeded\n" for name in unheeded) + prediction["logs"]
     return prediction
