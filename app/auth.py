@@ -85,8 +85,9 @@ def signed_for(path: str, query: bytes, keys: Keys) -> str | None:
     """Who has signed this path, if anybody has."""
     given = dict(parse_qsl(query.decode("latin-1")))
     name, said = given.get("for", ""), given.get("signature", "")
-    right = [known for known, digest in keys if hmac.compare_digest(signature(path, digest), said) and known == name]
-    return right[0] if right else None
+    right = [digest for known, digest in keys if known == name]
+    matches = bool(right) and hmac.compare_digest(signature(path, right[0]).encode(), said.encode())
+    return name if matches else None
 
 
 def owner(request: Request, _: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)] = None) -> str:

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
+
+from app.schemas import Text
 
 SUITES = Path(__file__).parent.parent / "models" / "suites"
 DELIMITERS = {".tsv": "\t", ".csv": ","}
@@ -25,7 +27,7 @@ Draw = Callable[[dict[str, Any]], bytes]
 
 class Prompt(BaseModel, extra="forbid", str_strip_whitespace=True):
     category: str
-    prompt: str
+    prompt: Text = Field(min_length=1)
     background: str | None = None  # one of the suite's colours
 
 

@@ -32,9 +32,7 @@ log = structlog.get_logger()
 
 LOOK = 0.25  # seconds between two looks at a generation
 PULSE = 5  # seconds between signs of life
-UPKEEP = (
-    15  # seconds between two looks for jobs whose process has gone, as RQ sees a minute after its last sign of life
-)
+UPKEEP = 15  # seconds between two looks for jobs whose process has gone: RQ takes it for gone after a minute
 
 
 class NotDrawn(Exception):

@@ -176,7 +176,10 @@ def read_text(field: str, text: str, max_pixels: int) -> str:
     said = picture.info.get("parameters")
     if isinstance(said, str):
         return said
-    comment = picture.getexif().get_ifd(EXIF_DIRECTORY).get(USER_COMMENT, b"")
+    try:
+        comment = picture.getexif().get_ifd(EXIF_DIRECTORY).get(USER_COMMENT, b"")
+    except BROKEN:  # a picture that can be seen, whose EXIF cannot be read
+        return ""
     if isinstance(comment, bytes) and comment.startswith(b"UNICODE\0"):
         return comment[8:].decode("utf-16-be", errors="replace")
     return ""

@@ -1,5 +1,6 @@
 """Model cards: data that says what a model is and can do. Readable without torch."""
 
+import hashlib
 import importlib.util
 import tomllib
 from collections.abc import Iterable, Iterator
@@ -115,9 +116,7 @@ class ModelCard(Strict):
     tasks: list[Task]
     guidance: list[Guide] = ["classifier_free"]
     classes: list[str] = []  # of a class-conditional model, which draws nothing else
-    parts: dict[
-        str, str
-    ] = {}  # what it has beside the source, by name: `place_of` one, or `hub:repository[/path]@revision`
+    parts: dict[str, str] = {}  # what it has beside the source: a `place_of`, or `hub:repository[/path]@revision`
     loras: dict[str, str] = {}  # adapters that requests may ask for: places as of `parts`
     sampling: Sampling | None = None  # of models that write codes, one a step: they take no other number of steps
     stages: dict[str, Stage] = {}  # beside the one that a request decides: unCLIP's prior, a cascade's upsampler
@@ -147,6 +146,11 @@ class ModelCard(Strict):
         if problems := [f"default {field}: {what}" for field, what in self._limit_problems(ordinary)]:
             raise ValueError("; ".join(problems))
         return self
+
+    @property
+    def digest(self) -> str:
+        """What tells this card from others, and from what it was."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
     @property
     def needs(self) -> list[Guiding]:

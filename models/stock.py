@@ -90,13 +90,9 @@ class StockPipelines:
             "generator": generator(seed),
             "output_type": "pt",
         }
-        takes = inspect.signature(pipeline.__call__).parameters
-        arguments: dict[str, Any] = {
-            name: value for name, value in offered.items() if name in takes and value is not None
-        }
         scheduler = samplers.scheduler(r.scheduler, self.scheduler_config)
         nets = {name: self.wardrobe.asked(r, net) for name, net in self.nets.items()}
-        output = yield from stock(pipeline, nets, scheduler, **arguments)
+        output = yield from stock(pipeline, nets, scheduler, **taken(pipeline, offered))
         return output.images[0].float().cpu()
 
     def warnings(self, r: Parameters) -> list[str]:
@@ -111,6 +107,12 @@ class StockPipelines:
         vae = self.pipeline.vae
         mean = vae.encode(pixels.to(vae.dtype)).latent_dist.mean
         return (mean - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+
+
+def taken(pipeline: Any, offered: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what is there to be told, what this pipeline wants to know."""
+    takes = inspect.signature(pipeline.__call__).parameters
+    return {name: value for name, value in offered.items() if name in takes and value is not None}
 
 
 def nets(pipeline: Any, card: ModelCard) -> dict[str, Net]:

@@ -3,7 +3,6 @@
 All frames are drawn together: to the engine a video is a picture with one more dimension.
 """
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +14,7 @@ from app.schemas import Parameters
 from models.catalog import ModelCard
 from models.preview import LatentColours
 from models.program import Inputs, Program, generator
-from models.stock import stock
+from models.stock import stock, taken
 from models.stock_stages import Stages
 
 
@@ -48,11 +47,7 @@ class Video(Stages):
             "output_type": "pt",
         }
         pipeline = self.of_task[r.kind]
-        takes = inspect.signature(pipeline.__call__).parameters
-        arguments: dict[str, Any] = {
-            name: value for name, value in offered.items() if name in takes and value is not None
-        }
-        output = yield from stock(pipeline, self.nets["whole"], **arguments)
+        output = yield from stock(pipeline, self.nets["whole"], **taken(pipeline, offered))
         return output.frames[0].float().cpu()
 
     def latents(self, pixels: Tensor) -> Tensor:

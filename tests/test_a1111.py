@@ -13,6 +13,7 @@ import pytest
 import webuiapi
 from PIL import Image
 
+from app.fronts.a1111 import facts
 from app.local import LocalService
 from tests.conftest import local_settings
 
@@ -160,6 +161,8 @@ def test_progress_is_seen_and_an_interruption_gives_what_there_is(api: webuiapi.
         ({"override_settings": {"sd_model_checkpoint": "nope"}}, "override_settings.sd_model_checkpoint"),
         ({"prompt": ""}, "prompt"),
         ({"prompt": "a dog <lora:nope:0.5>"}, "loras.0.name"),
+        ({"width": -1}, "width"),
+        ({"steps": -1}, "steps"),
     ],
 )
 def test_a_wrong_field_is_named(api: webuiapi.WebUIApi, given: dict[str, Any], field: str):
@@ -178,6 +181,13 @@ def test_other_mistakes_are_told_in_the_web_uis_way(api: webuiapi.WebUIApi, serv
     assert httpx2.post(f"{url}/options", json={"samples_format": "webp"}).json()["errors"].startswith("samples_format")
     assert httpx2.post(f"{url}/png-info", json={"image": "eA=="}).status_code == 422
     assert httpx2.post(f"{url}/txt2img", json=[]).status_code == 400
+    for odd in ([], {"args": 7}, {"args": ["x"]}):
+        asked = {"prompt": "a dog <lora:a:1.2.3>", "steps": 1, "alwayson_scripts": {"ControlNet": odd}}
+        assert httpx2.post(f"{url}/txt2img", json=asked, timeout=60).status_code == 200
+
+
+def test_a_text_that_is_no_infotext_is_given_as_it_stands():
+    assert facts('a dog\nSteps: 2, Note: "\\q", Seed: 5') == {"Steps": "2", "Note": '"\\q"', "Seed": "5"}
 
 
 def test_a_password_is_a_key(tmp_path: Path):

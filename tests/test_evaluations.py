@@ -86,6 +86,7 @@ def test_a_suite_is_drawn_judged_and_shown(http: httpx2.Client):
         ({"prompts": TWO, "models": ["emoji-classes"]}, "models.0", "classes, such as"),
         ({"prompts": TWO, "num_inference_steps": 100_000}, "num_inference_steps", "more than emoji-sd allows"),
         ({"prompts": [{"category": "a"}]}, "prompts.0.prompt", "required"),
+        ({"prompts": [{"category": "a", "prompt": " "}]}, "prompts.0.prompt", "at least 1 character"),
         ({}, "prompts", "give either"),
         ({"prompts": TWO, "suite": "emoji"}, "prompts", "give either"),
     ],

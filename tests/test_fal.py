@@ -165,6 +165,8 @@ def test_a_picture_is_given_as_a_data_url(asked: Any):
         ({"image_size": {"width": -1, "height": 64}}, "image_size"),
         ({"image_url": "https://elsewhere.example/a.png"}, "image_url"),
         ({"seed": "seven"}, "seed"),
+        ({"metadata": "x", "sync_mode": True}, "metadata"),
+        ({"image_size": {"width": 10**30, "height": 64}}, "image_size"),
     ],
 )
 def test_a_wrong_field_is_told_in_fals_way(asked: Any, given: dict[str, Any], field: str):

@@ -113,6 +113,9 @@ def test_what_is_not_heeded_is_said(client: OpenAI):
         ({"extra_body": {"seed": "seven"}}, "seed"),
         ({"extra_body": {"guidance": {"classifier": 3}}}, "guidance.classifier"),
         ({"extra_body": {"image": "x"}}, "image"),
+        ({"extra_body": {"metadata": "x"}, "user": "ada"}, "metadata"),
+        ({"extra_body": {"num_inference_steps": "x"}, "stream": True, "partial_images": 1}, "quality"),
+        ({"partial_images": -1, "stream": True}, "partial_images"),
     ],
 )
 def test_a_wrong_field_is_told_in_openais_way(client: OpenAI, given: dict[str, Any], param: str):
@@ -283,6 +286,7 @@ def test_with_keys_only_those_who_have_one_draw_and_urls_need_none(tmp_path: Pat
         assert httpx2.get(url).status_code == 200
         assert httpx2.get(url.partition("?")[0]).status_code == 401
         assert httpx2.get(url.replace("for=ada", "for=bob")).status_code == 401
+        assert httpx2.get(url.partition("&")[0] + "&signature=%C3%A4").status_code == 401
         assert httpx2.get(url.replace("/images/0", "/images/1")).status_code == 401
         assert httpx2.delete(url).status_code == 401
 

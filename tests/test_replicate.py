@@ -115,6 +115,7 @@ def test_a_picture_is_uploaded_and_repainted(client: Client, service: LocalServi
         ({"num_outputs": "many"}, "input.num_outputs"),
         ({"colour": "red"}, "input.colour"),
         ({"aspect_ratio": "wide"}, "input.aspect_ratio"),
+        ({"aspect_ratio": "9" * 5000 + ":1"}, "input.aspect_ratio"),
         ({"image": "https://elsewhere.example/a.png"}, "input.image"),
         ({"image": "/v1/files/../../secret"}, "input.image"),
         ({"prompt_strength": 0.5}, "input.prompt_strength"),

@@ -5,24 +5,24 @@ time; here `progress` and `interrupt` mean the caller's newest generation that c
 """
 
 import base64
-import hashlib
 import io
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from fastapi import APIRouter, Depends
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse
 from PIL import Image, ImageOps
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from app.errors import InvalidRequest, ServiceError
-from app.fronts.desk import Desk, DeskDep, asked_for, nearest_size, renamed
+from app.fronts.desk import LARGEST, Desk, DeskDep, asked_for, nearest_size, renamed
 from app.images import SAMPLERS, parameters_text, png_bytes, read_image, read_text
 from app.routes.generations import json_only
-from app.schemas import Generation, GenerationRequest, OutputFormat
+from app.schemas import Generation, GenerationRequest
 from app.storage import preview_folder
 from models.catalog import ModelCard
 
@@ -30,7 +30,7 @@ router = APIRouter(prefix="/sdapi/v1", include_in_schema=False)  # the document 
 
 MARK = {"front": "a1111"}  # in a generation's metadata: what came through here
 PREVIEWS = 8  # of a picture on its way
-LORA = re.compile(r"<lora:([^:>]+)(?::(-?[\d.]+))?>")
+LORA = re.compile(r"<lora:([^:>]+)(?::(-?\d+(?:\.\d+)?))?>")
 WEIGHT = re.compile(r"(?<!\\)[()\[\]]|(?<=\S):[\d.]+(?=[)\]])")  # brackets, and the numbers in them
 NAMES = {  # what ours are made of
     "num_inference_steps": "steps",
@@ -42,29 +42,15 @@ NAMES = {  # what ours are made of
     "model": "override_settings.sd_model_checkpoint",
 }
 HANDLED = {
+    *("prompt", "negative_prompt", "seed", "batch_size", "n_iter", "steps", "cfg_scale", "width", "height"),
+    *("sampler_name", "sampler_index", "override_settings", "alwayson_scripts", "send_images", "force_task_id"),
+    *("init_images", "mask", "denoising_strength", "inpainting_mask_invert", "include_init_images"),
     *(
-        "prompt",
-        "negative_prompt",
-        "seed",
-        "batch_size",
-        "n_iter",
-        "steps",
-        "cfg_scale",
-        "width",
-        "height",
-        "sampler_name",
-    ),
-    *(
-        "sampler_index",
-        "override_settings",
-        "init_images",
-        "mask",
-        "denoising_strength",
-        "send_images",
-        "force_task_id",
-    ),
-    *("inpainting_mask_invert", "override_settings_restore_afterwards", "include_init_images", "alwayson_scripts"),
-    *("do_not_save_samples", "do_not_save_grid", "save_images"),  # nothing is saved where they mean
+        "override_settings_restore_afterwards",
+        "do_not_save_samples",
+        "do_not_save_grid",
+        "save_images",
+    ),  # nothing is kept
 }
 AS_USUAL: dict[str, Any] = {  # what clients send when they mean nothing by it
     "scheduler": "automatic",
@@ -100,8 +86,8 @@ class Drawing(BaseModel):
     n_iter: int | None = None
     steps: int | None = None
     cfg_scale: float | None = None
-    width: int | None = None
-    height: int | None = None
+    width: int | None = Field(None, ge=1, le=LARGEST)
+    height: int | None = Field(None, ge=1, le=LARGEST)
     sampler_name: str | None = None
     sampler_index: str | None = None
     override_settings: dict[str, Any] | None = None
@@ -178,7 +164,7 @@ def translate(desk: Desk, body: Drawing, pictures: Mapping[str, str]) -> tuple[G
     Raises:
         InvalidRequest: a field is wrong, or names what there is not.
     """
-    unheeded = unheeded_of(body, bool(pictures))
+    unheeded = unheeded_of(body)
     card = checkpoint(desk, body)
     prompt, loras = without_loras(body.prompt or "")
     negative_prompt, _ = without_loras(body.negative_prompt or "")
@@ -210,7 +196,7 @@ def translate(desk: Desk, body: Drawing, pictures: Mapping[str, str]) -> tuple[G
     return asked_for(asked, NAMES), unheeded
 
 
-def unheeded_of(body: Drawing, from_a_picture: bool) -> list[str]:
+def unheeded_of(body: Drawing) -> list[str]:
     """What a client sent and meant, and we have not."""
     fields = body.model_dump(exclude_unset=True)
     meant = {
@@ -287,8 +273,11 @@ def without_loras(prompt: str) -> tuple[str, list[dict[str, Any]]]:
 
 def followed(card: ModelCard, body: Drawing, unheeded: list[str]) -> dict[str, Any]:
     """The first unit of their ControlNet, where the model has one."""
-    script = (body.alwayson_scripts or {}).get("ControlNet", {})
-    units = [unit for unit in script.get("args", []) if isinstance(unit, dict) and unit.get("enabled", True)]
+    script = (body.alwayson_scripts or {}).get("ControlNet")
+    given = script.get("args") if isinstance(script, dict) else None
+    units = (
+        [one for one in given if isinstance(one, dict) and one.get("enabled", True)] if isinstance(given, list) else []
+    )
     images = [(image_of(unit), unit) for unit in units]
     if not images or images[0][0] is None:
         return {}
@@ -326,7 +315,7 @@ def info(card: ModelCard, generation: Generation, unheeded: list[str]) -> dict[s
         "batch_size": r.n,
         "denoising_strength": r.strength,
         "sd_model_name": card.name,
-        "sd_model_hash": hash_of(card)[:10],
+        "sd_model_hash": card.digest[:10],
         "infotexts": [parameters_text(r, seed) for seed in seeds],
         "job_timestamp": f"{generation.created_at:%Y%m%d%H%M%S}",
         "job_id": generation.id,
@@ -345,15 +334,13 @@ def current(desk: Desk) -> Generation | None:
     return next((one for one in mine if one.status in ("running", "queued")), None)
 
 
-def newest_preview(desk: Desk, generation: Generation, output_format: OutputFormat = "png") -> bytes | None:
-    """Of its first picture, as a file of that format."""
+def newest_preview(desk: Desk, generation: Generation) -> bytes | None:
+    """Of its first picture, as a PNG."""
     keys = list(desk.jobs.blobs.list(f"{preview_folder(generation.id)}/0"))
     if not keys:
         return None
     newest = max(keys, key=lambda key: int(key.rpartition("/")[2]))
-    out = io.BytesIO()
-    Image.open(io.BytesIO(desk.jobs.blobs.open(newest))).save(out, output_format)
-    return out.getvalue()
+    return png_bytes(Image.open(io.BytesIO(desk.jobs.blobs.open(newest))))
 
 
 @router.get("/progress")
@@ -394,19 +381,15 @@ def interrupt(desk: DeskDep) -> None:
 # -- what there is
 
 
-def hash_of(card: ModelCard) -> str:
-    return hashlib.sha256(card.model_dump_json().encode()).hexdigest()
-
-
 def title_of(card: ModelCard) -> str:
-    return f"{card.name} [{hash_of(card)[:10]}]"
+    return f"{card.name} [{card.digest[:10]}]"
 
 
 @router.get("/options")
 def options(desk: DeskDep) -> dict[str, Any]:
     """The one that counts here."""
     card = set_checkpoint(desk)
-    return {"sd_model_checkpoint": title_of(card), "sd_checkpoint_hash": hash_of(card), "samples_format": "png"}
+    return {"sd_model_checkpoint": title_of(card), "sd_checkpoint_hash": card.digest, "samples_format": "png"}
 
 
 @router.post("/options", dependencies=[Depends(json_only)])
@@ -427,8 +410,8 @@ def sd_models(desk: DeskDep) -> list[dict[str, Any]]:
         {
             "title": title_of(card),
             "model_name": card.name,
-            "hash": hash_of(card)[:10],
-            "sha256": hash_of(card),
+            "hash": card.digest[:10],
+            "sha256": card.digest,
             "filename": f"{card.name}.safetensors",
             "config": None,
         }
@@ -547,4 +530,11 @@ def facts(text: str) -> dict[str, str]:
     """The last line of an infotext: `name: value, …`, where a value may be quoted as JSON."""
     last = text.rpartition("\n")[2]
     found = re.findall(r'\s*([\w ]+):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)', last)
-    return {name: json.loads(value) if value.startswith('"') else value.strip() for name, value in found}
+    return {name: unquoted(value) for name, value in found}
+
+
+def unquoted(value: str) -> str:
+    """What was quoted as JSON; as it stands, if it only looks like that."""
+    with suppress(ValueError):
+        return str(json.loads(value)) if value.startswith('"') else value.strip()
+    return value

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
-import anyio.to_thread
 from fastapi import Depends, Request
 from fastapi.concurrency import run_in_threadpool
 from pydantic import ValidationError
@@ -12,10 +11,12 @@ from app import events
 from app.auth import Owner, signed
 from app.errors import InvalidRequest, Leaving, TooManyListeners
 from app.jobs import Jobs
-from app.routes.generations import until_ended
-from app.schemas import PICTURES, Generation, GenerationRequest, Task
+from app.routes.generations import submitted, until_ended
+from app.schemas import Generation, GenerationRequest, Task
 from app.settings import Settings
 from models.catalog import ModelCard
+
+LARGEST = 100_000  # pixels of a side that a client may name: `nearest_size` makes something of it
 
 
 class Desk:
@@ -29,23 +30,13 @@ class Desk:
 
     async def submit(self, asked: GenerationRequest, idempotency_key: str | None = None) -> Generation:
         """Queue it. Raises as `Jobs.submit` does."""
-        brings_pictures = any(getattr(asked, field) is not None for field in PICTURES)
-        threads = self.request.app.state.decoders if brings_pictures else None
-        generation, _ = await anyio.to_thread.run_sync(
-            self.jobs.submit, asked, self.owner, idempotency_key, limiter=threads
-        )
+        generation, _ = await submitted(self.request, asked, self.owner, idempotency_key)
         return generation
 
     async def ended(self, generation: Generation, seconds: float | None = None) -> Generation:
         """As it stands when it has ended, or so many seconds later; as long as clients may wait if none are given."""
         longest = self.settings.max_wait.total_seconds()
-        with self.listeners.place() as free:
-            if not free:
-                raise TooManyListeners("this server has as many streams open as it may; ask again")
-            seconds = longest if seconds is None else min(seconds, longest)
-            return await until_ended(
-                self.request, self.jobs, self.listeners, generation, self.owner, max(1, round(seconds))
-            )
+        return await self._wait(generation, longest if seconds is None else min(seconds, longest))
 
     async def ended_at_last(self, generation: Generation) -> Generation:
         """As it stands when it has ended, however long that takes: for clients that neither poll nor ask again.
@@ -53,16 +44,18 @@ class Desk:
         Raises:
             Leaving: this process has to end first.
         """
-        with self.listeners.place() as free:
-            if not free:
-                raise TooManyListeners("this server has as many streams open as it may; ask again")
-            longest = round(
-                self.settings.job_timeout.total_seconds() + self.settings.max_queued_seconds.total_seconds()
-            )
-            ended = await until_ended(self.request, self.jobs, self.listeners, generation, self.owner, longest)
+        longest = self.settings.job_timeout + self.settings.max_queued_seconds
+        ended = await self._wait(generation, longest.total_seconds())
         if ended.status not in events.ENDED:
             raise Leaving(f"this server is being restarted; generation {generation.id} goes on, and can be fetched")
         return ended
+
+    async def _wait(self, generation: Generation, seconds: float) -> Generation:
+        with self.listeners.place() as free:
+            if not free:
+                raise TooManyListeners("this server has as many streams open as it may; ask again")
+            whole = max(1, round(seconds))
+            return await until_ended(self.request, self.jobs, self.listeners, generation, self.owner, whole)
 
     async def fetch(self, id: str) -> Generation:
         return await run_in_threadpool(self.jobs.fetch, id, self.owner)

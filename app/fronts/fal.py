@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 
 from app import events
 from app.errors import InvalidRequest, NotFound, ServiceError, Unfinished
-from app.fronts.desk import Desk, DeskDep, asked_for, nearest_size, renamed
+from app.fronts.desk import LARGEST, Desk, DeskDep, asked_for, nearest_size, renamed
 from app.images import MEDIA_TYPES
 from app.routes.generations import json_only
 from app.schemas import Generation, GenerationRequest
@@ -156,14 +156,14 @@ def translate(card: ModelCard, given: Mapping[str, Any]) -> GenerationRequest:
     fields["model"] = card.name
     if (size := fields.pop("image_size", None)) is not None:
         fields |= sized(card, size)
+    marks = {"sync_mode": "true"} if fields.pop("sync_mode", False) else {}
     if unheeded := [name for name in UNHEEDED if name in given]:
-        fields["metadata"] = {**(fields.get("metadata") or {}), "unheeded": ", ".join(unheeded)}
-    if fields.pop("sync_mode", False):
-        fields["metadata"] = {**(fields.get("metadata") or {}), "sync_mode": "true"}
+        marks["unheeded"] = ", ".join(unheeded)
     for name in ("image", "mask"):
         if isinstance(fields.get(name), str) and fields[name].startswith(("http://", "https://")):
             raise InvalidRequest([(names_in(given).get(name, name), "send a data: URL; others are not fetched")])
-    return asked_for(fields, names_in(given))
+    asked = asked_for(fields, names_in(given))
+    return asked.model_copy(update={"metadata": asked.metadata | marks})
 
 
 def names_in(given: Mapping[str, Any]) -> dict[str, str]:
@@ -178,7 +178,7 @@ def sized(card: ModelCard, size: Any) -> dict[str, int]:
     if (
         isinstance(size, dict)
         and set(size) == {"width", "height"}
-        and all(type(n) is int and n > 0 for n in size.values())
+        and all(type(n) is int and 0 < n <= LARGEST for n in size.values())
     ):
         width, height = nearest_size(card, size["width"], size["height"])
     elif isinstance(size, str) and size in SHAPES:

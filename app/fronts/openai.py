@@ -16,7 +16,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import JSONResponse, StreamingResponse
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.datastructures import FormData, UploadFile
 
 from app import events
@@ -31,17 +31,10 @@ from models.catalog import ModelCard
 router = APIRouter(prefix="/v1/images", include_in_schema=False)  # the document of this API is OpenAI's
 
 THEIR_MODELS = re.compile(r"(dall-e|gpt-image|chatgpt-image)[\w.-]*")  # stand for whatever does the task here
-QUALITIES = {
-    "low": 0.5,
-    "medium": 1.0,
-    "standard": 1.0,
-    "auto": 1.0,
-    "high": 2.0,
-    "hd": 2.0,
-}  # of a model's usual steps
+# Of a model's usual steps.
+QUALITIES = {"low": 0.5, "medium": 1.0, "standard": 1.0, "auto": 1.0, "high": 2.0, "hd": 2.0}
 NAMES = {"width": "size", "height": "size", "num_inference_steps": "quality"}  # what ours are made of
 OURS = set(GenerationRequest.model_fields) - {"image", "mask", "width", "height", "preview_every", "task"}
-NEWS = {"succeeded": "completed", "preview": "partial_image"}
 REMEMBERED = 900  # seconds in which a client's second try finds what its first one began; they come within seconds
 
 
@@ -60,7 +53,7 @@ class ImageRequest(BaseModel):
     background: Literal["transparent", "opaque", "auto"] | None = None
     user: str | None = None
     stream: bool | None = None
-    partial_images: int | None = None
+    partial_images: int | None = Field(None, ge=0, le=3)
     style: str | None = None
     moderation: str | None = None
     output_compression: int | None = None
@@ -104,13 +97,9 @@ def error_response(error: ServiceError) -> JSONResponse:
 
 
 @router.post("/generations", dependencies=[Depends(json_only)], response_model=None)
-async def generations(request: Request, desk: DeskDep) -> JSONResponse | StreamingResponse:
+async def generations(body: dict[str, Any], desk: DeskDep) -> JSONResponse | StreamingResponse:
     """Pictures from a prompt."""
-    try:
-        fields = json.loads(await request.body())
-    except ValueError as error:
-        raise InvalidRequest([("body", f"is not JSON: {error}")]) from None
-    return await answered(desk, "text-to-image", fields, {})
+    return await answered(desk, "text-to-image", body, {})
 
 
 @router.post("/edits", response_model=None)
@@ -200,13 +189,14 @@ def translate(desk: Desk, task: Task, fields: Mapping[str, Any], pictures: Mappi
         **pictures,
         **extra,
     }
+    ours = asked_for(asked, NAMES)
+    decided: dict[str, Any] = {}
     if body.user:
-        asked["metadata"] = {"user": body.user[:512], **(asked.get("metadata") or {})}
-    if body.stream:
-        steps = asked.get("num_inference_steps") or card.defaults.num_inference_steps
-        if partial := body.partial_images or 0:
-            asked["preview_every"] = max(1, math.ceil(int(steps) / (partial + 1)))
-    return Translated(body, asked_for(asked, NAMES), warnings)
+        decided["metadata"] = {"user": body.user[:512]} | ours.metadata
+    if body.stream and body.partial_images:
+        steps = ours.num_inference_steps or card.defaults.num_inference_steps
+        decided["preview_every"] = math.ceil(steps / (body.partial_images + 1))
+    return Translated(body, ours.model_copy(update=decided), warnings)
 
 
 def chosen(desk: Desk, task: Task, model: str | None) -> ModelCard:
@@ -241,8 +231,6 @@ def stepped(card: ModelCard, quality: str | None) -> dict[str, int]:
 async def answered(
     desk: Desk, task: Task, fields: Mapping[str, Any], pictures: Mapping[str, str]
 ) -> JSONResponse | StreamingResponse:
-    if not isinstance(fields, dict):
-        raise InvalidRequest([("body", "must be a JSON object")])
     translated = translate(desk, task, fields, pictures)
     try:
         generation = await begun(desk, translated.ours, json.dumps([task, fields, pictures], sort_keys=True))

@@ -19,11 +19,11 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict
 
 from app import events
-from app.errors import InvalidRequest, NotFound, TooManyListeners
+from app.errors import InvalidRequest, NotFound
 from app.files import file_response
 from app.fronts.desk import Desk, DeskDep, asked_for, nearest_size, renamed
 from app.jobs import is_id, new_id
-from app.routes.generations import json_only, seconds_to_wait
+from app.routes.generations import json_only, place, seconds_to_wait
 from app.schemas import PICTURES, Generation, GenerationRequest, Status
 from app.storage import upload_key
 from models.catalog import ModelCard
@@ -127,7 +127,7 @@ def cancel(id: str, desk: DeskDep) -> dict[str, Any]:
     return shown(desk, desk.jobs.cancel(id, desk.owner))
 
 
-@router.get("/predictions/{id}/stream", response_class=StreamingResponse)
+@router.get("/predictions/{id}/stream", dependencies=[Depends(place)], response_class=StreamingResponse)
 async def stream(id: str, desk: DeskDep) -> StreamingResponse:
     """Server-sent events: `logs`, `output` for each picture, `done`."""
     generation = await desk.fetch(id)
@@ -139,15 +139,12 @@ async def streamed(desk: Desk, generation: Generation) -> AsyncIterator[str]:
     def sent(id: str, name: str, data: str) -> str:
         return f"event: {name}\nid: {id}\n" + "".join(f"data: {line}\n" for line in data.split("\n")) + "\n"
 
-    with desk.listeners.place() as free:
-        if not free:
-            raise TooManyListeners("this server has as many streams open as it may")
-        if generation.status not in events.ENDED:
-            async for event in desk.listeners.follow(generation.id):
-                if event is None:
-                    yield ": ping\n\n"
-                elif event.name == "progress":
-                    yield sent(event.id, "logs", progress_line(event.data["step"], event.data["steps"]))
+    if generation.status not in events.ENDED:
+        async for event in desk.listeners.follow(generation.id):
+            if event is None:
+                yield ": ping\n\n"
+            elif event.name == "progress":
+                yield sent(event.id, "logs", progress_line(event.data["step"], event.data["steps"]))
     done = await desk.fetch(generation.id)
     for i, image in enumerate(done.images):
         yield sent(f"{done.id}-{i}", "output", desk.url(image.url))
@@ -210,11 +207,12 @@ def in_input(error: InvalidRequest) -> InvalidRequest:
 
 
 def of_shape(card: ModelCard, shape: str) -> dict[str, int]:
-    wide, _, tall = shape.partition(":")
-    if shape == "match_input_image" or not (wide.isdecimal() and tall.isdecimal() and int(wide) and int(tall)):
+    match = re.fullmatch(r"([1-9]\d{0,3}):([1-9]\d{0,3})", shape)
+    if match is None:
         raise InvalidRequest([("input.aspect_ratio", "is two numbers, such as 16:9")])
-    scale = math.sqrt(card.size.width * card.size.height / (int(wide) * int(tall)))
-    width, height = nearest_size(card, max(1, round(int(wide) * scale)), max(1, round(int(tall) * scale)))
+    wide, tall = int(match[1]), int(match[2])
+    scale = math.sqrt(card.size.width * card.size.height / (wide * tall))
+    width, height = nearest_size(card, max(1, round(wide * scale)), max(1, round(tall * scale)))
     return {"width": width, "height": height}
 
 
@@ -243,7 +241,7 @@ def shown(desk: Desk, generation: Generation) -> dict[str, Any]:
     return {
         "id": id,
         "model": f"{OWNER}/{generation.model}",
-        "version": version_of(desk.jobs.catalog[generation.model]) if generation.model in desk.jobs.catalog else "gone",
+        "version": desk.jobs.catalog[generation.model].digest if generation.model in desk.jobs.catalog else "gone",
         "status": STATUS[generation.status],
         "input": given,
         "output": [desk.url(image.url) for image in generation.images] or None,
@@ -275,10 +273,6 @@ def written(seconds: float | None) -> str | None:
 # -- models and their versions
 
 
-def version_of(card: ModelCard) -> str:
-    return hashlib.sha256(card.model_dump_json().encode()).hexdigest()
-
-
 def model_named(desk: Desk, owner: str, name: str) -> ModelCard:
     if name not in desk.jobs.catalog:
         raise NotFound(f"there is no model {owner[:64]}/{name[:64]}; there are {', '.join(desk.jobs.catalog.names)}")
@@ -289,7 +283,7 @@ def card_of(desk: Desk, field: str, reference: str) -> ModelCard:
     """By a version's digest, `owner/name`, our own name, or a name with a digest behind it."""
     path, _, digest = reference.rpartition(":")
     for card in desk.jobs.catalog:
-        if version_of(card) == (digest or reference) or card.name == reference.rpartition("/")[2]:
+        if card.digest == (digest or reference) or card.name == reference.rpartition("/")[2]:
             return card
     names = ", ".join(f"{OWNER}/{name}" for name in desk.jobs.catalog.names)
     raise InvalidRequest([(field, f"there is no {path or reference!r}; there are {names}")])
@@ -325,8 +319,8 @@ def versions(owner: str, name: str, desk: DeskDep) -> dict[str, Any]:
 def show_version(owner: str, name: str, id: str, desk: DeskDep) -> dict[str, Any]:
     """A version."""
     card = model_named(desk, owner, name)
-    if id != version_of(card):
-        raise NotFound(f"{card.name} has no version {id[:64]}; it has {version_of(card)}")
+    if id != card.digest:
+        raise NotFound(f"{card.name} has no version {id[:64]}; it has {card.digest}")
     return version(card)
 
 
@@ -337,7 +331,7 @@ def version(card: ModelCard) -> dict[str, Any]:
         "Output": {"type": "array", "items": {"type": "string", "format": "uri"}},
     }
     return {
-        "id": version_of(card),
+        "id": card.digest,
         "created_at": SINCE.isoformat().replace("+00:00", "Z"),
         "cog_version": "0",
         "openapi_schema": {"components": {"schemas": schemas}},

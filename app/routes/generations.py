@@ -142,10 +142,7 @@ async def create(
     idempotency_key: IdempotencyKey = None,
 ) -> Generation:
     """Queue a generation."""
-    brings_pictures = any(getattr(body, field) is not None for field in PICTURES)
-    threads = request.app.state.decoders if brings_pictures else None
-    submit = partial(jobs.submit, body, owner, idempotency_key)
-    generation, replayed = await anyio.to_thread.run_sync(submit, limiter=threads)
+    generation, replayed = await submitted(request, body, owner, idempotency_key)
     if wait:
         with listeners.place() as free:
             if free:
@@ -159,6 +156,16 @@ async def create(
         response.headers["Idempotent-Replayed"] = "true"
     response.headers["Location"] = f"/v1/generations/{generation.id}"
     return generation
+
+
+async def submitted(
+    request: Request, body: GenerationRequest, owner: str, idempotency_key: str | None
+) -> tuple[Generation, bool]:
+    """`Jobs.submit`, in a thread; who brings a picture waits for one of those that decode."""
+    brings_pictures = any(getattr(body, field) is not None for field in PICTURES)
+    threads = request.app.state.decoders if brings_pictures else None
+    submit = partial(jobs(request).submit, body, owner, idempotency_key)
+    return await anyio.to_thread.run_sync(submit, limiter=threads)
 
 
 @router.get("", dependencies=[Depends(each_once)])
