@@ -568,12 +568,13 @@ def failure(record: Record) -> Failure | None:
 
 
 def timings(record: Record) -> dict[str, float]:
+    """Seconds. An API's clock wrote when it was created, the server's when it was started: they may differ a little."""
     taken = dict(record.meta.get("timings", {}))
     if record.started_at and record.status != "queued":
         taken["queued"] = (record.started_at - record.created_at).total_seconds()
         if record.ended_at and record.ended_at > record.started_at:
             taken["running"] = (record.ended_at - record.started_at).total_seconds()
-    return {name: round(seconds, 4) for name, seconds in taken.items()}
+    return {name: round(max(0.0, seconds), 4) for name, seconds in taken.items()}
 
 
 def row_steps(parameters: Parameters) -> float:

@@ -246,10 +246,12 @@ def proxy_to(folder: Path, *apis: int) -> Generator[int]:
     assert NGINX
     port = free_port()
     command = [NGINX, "-c", rendered(folder, port, apis), "-g", "daemon off;"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    said = folder / "nginx.log"  # no pipe: when one is full, nginx waits for its reader
+    with said.open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     try:
         for _ in range(100):
-            assert process.poll() is None, process.communicate()[0]
+            assert process.poll() is None, said.read_text()
             with closing(socket.socket()) as sock:
                 if sock.connect_ex(("127.0.0.1", port)) == 0:
                     break
@@ -257,7 +259,7 @@ def proxy_to(folder: Path, *apis: int) -> Generator[int]:
         yield port
     finally:
         process.terminate()
-        process.communicate(timeout=5)
+        process.wait(timeout=5)
 
 
 @pytest.fixture
