@@ -40,6 +40,18 @@ def contexts_of(tokens: Tensor) -> Tensor:
     return torch.cat([encoder(input_ids=some.int())[0].half() for some in tokens.split(250)])
 
 
+def moving(z: Tensor, alphas_cumprod: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Noised latents, their timesteps (stratified), their velocities, and what the loss weighs at each, [rows]."""
+    rows = len(z)
+    timestep = ((torch.arange(rows) + torch.rand(rows)) / rows * 1000).long().clamp(max=999)
+    alpha_bar = alphas_cumprod[timestep].view(-1, 1, 1, 1)
+    noise = torch.randn_like(z)
+    noised = alpha_bar.sqrt() * z + (1 - alpha_bar).sqrt() * noise
+    velocity = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * z
+    snr = (alpha_bar / (1 - alpha_bar)).view(-1)
+    return noised, timestep, velocity, (SURE / (snr + 1)).clamp(max=1.0)
+
+
 def main() -> None:
     given = options(__doc__)
     latents, image, tokens = read(given.work, "latents", "image", "tokens")
@@ -56,17 +68,10 @@ def main() -> None:
         head_start(model, image[:8000], contexts_of(tokens[:8000]))
     run = Run("decoder", model, LEARNING_RATE, given)
     for rows in run.batches(len(latents), BATCH):
-        z = latents[rows].float()
-        timestep = ((torch.arange(BATCH) + torch.rand(BATCH)) / BATCH * 1000).long().clamp(max=999)  # stratified
-        alpha_bar = alphas_cumprod[timestep].view(-1, 1, 1, 1)
-        noise = torch.randn_like(z)
-        noised = alpha_bar.sqrt() * z + (1 - alpha_bar).sqrt() * noise
-        velocity = alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * z
+        noised, timestep, velocity, weight = moving(latents[rows].float(), alphas_cumprod)
         with in_half():
             told = model(image[rows])
             guess = unet(noised, timestep, encoder_hidden_states=told, return_dict=False)[0]
-        snr = (alpha_bar / (1 - alpha_bar)).view(-1)
-        weight = (SURE / (snr + 1)).clamp(max=1.0)
         error = (guess.float() - velocity).square().mean((1, 2, 3))
         run.step((error * weight).mean(), unweighted=error.detach().mean())
     run.save(given.out)
