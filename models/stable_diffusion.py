@@ -81,12 +81,15 @@ class StableDiffusion(Guided):
         seen = sample * guidance.over(scale, sample)
         if extra is not None:
             seen = torch.cat([seen, extra], 1)
-        e = self.pipeline.unet(seen.to(self.dtype), timestep, encoder_hidden_states=context, return_dict=False)[0]
-        e = e.float()
+        e = self.predicted(seen.to(self.dtype), timestep, context).float()
         guided = guidance.classifier_free(e, guidance_scale, unconditional, conditional)
         e = guided if rescale is None else guidance.rescale(guided, e, conditional, rescale)
         e = e if push is None else e + push
         return moved(sample, e, noise, memory, coefficients), e
+
+    def predicted(self, seen: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+        """The denoiser's own word, [rows, C, h, w]."""
+        return self.pipeline.unet(seen, timestep, encoder_hidden_states=context, return_dict=False)[0]
 
     def encode_text(self, *, input_ids: Tensor) -> Tensor:
         """[rows, tokens] to [rows, tokens, width]"""

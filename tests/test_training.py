@@ -17,7 +17,7 @@ from models.ear import Ear
 from models.noised_clip import NoisedCLIP
 from models.scoring import Judge
 from models.token_transformer import TokenTransformer
-from models.training import base, decoder, ear, encode, judge, noised_clip, prior, tokens, upsampler, vq
+from models.training import base, classes, decoder, ear, encode, judge, noised_clip, prior, tokens, upsampler, vq
 from models.training.scenes import World
 from models.unclip import ImageProjection
 from tests.test_stable_diffusion import threads
@@ -169,6 +169,17 @@ def test_the_judge_learns_from_drawings_that_a_class_names(data: Path, tmp_path:
     (tmp_path / "work").mkdir()
     run(judge.main, monkeypatch, data, tmp_path / "work", tmp_path / "judge", "--minutes", 0.02)
     assert Judge(tmp_path / "judge").classes == classes
+
+
+def test_the_class_conditional_denoiser_is_told_classes(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(classes, "EACH", 1)
+    monkeypatch.setattr(classes, "BATCH", 2)
+    monkeypatch.setattr(classes, "drawings", lambda world, names: [[0, 1]] * len(names))
+    (tmp_path / "work").mkdir()
+    run(classes.main, monkeypatch, data, tmp_path / "work", tmp_path / "classes", "--minutes", 0.02)
+    trained = UNet2DConditionModel.from_pretrained(tmp_path / "classes")
+    told = torch.tensor([0, 59])
+    assert trained(torch.randn(2, 8, 16, 16), 500, None, class_labels=told).sample.shape == (2, 8, 16, 16)
 
 
 def test_the_ear_learns_what_the_text_encoder_says(pixels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
