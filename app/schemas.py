@@ -353,6 +353,42 @@ class ModelList(BaseModel):
     data: list[Model]
 
 
+class ModelAtWork(BaseModel):
+    """A model that a worker holds ready."""
+
+    name: str
+    width: int = Field(description="Rows that a forward pass may have.")
+    rows: float = Field(description="Rows that one had, in the mean since the last heartbeat; 0 if there was none.")
+    running: int = Field(description="Generations that are being drawn.")
+    rows_per_second: float = Field(description="Through the denoiser, as measured.")
+
+
+class WorkerStatus(BaseModel):
+    """A worker that is alive."""
+
+    name: str
+    device: str
+    uptime_seconds: float
+    stopping: bool = Field(description="It takes nothing new and ends when what it has is drawn.")
+    models: list[ModelAtWork]
+
+
+class QueueStatus(BaseModel):
+    """What waits for workers."""
+
+    model: str
+    priority: Priority
+    waiting: int
+    oldest_seconds: float = Field(description="For how long the first of them has waited.")
+
+
+class ServiceStatus(BaseModel):
+    """The service at this moment: its workers, as they said with their last heartbeat, and its queues."""
+
+    workers: list[WorkerStatus]
+    queues: list[QueueStatus]
+
+
 class FieldError(BaseModel):
     field: str = Field(description="As you sent it; below `metadata`, `metadata.name`.")
     detail: str

@@ -25,7 +25,7 @@ from app import events, jobs
 from app.jobs import PRIORITIES, Jobs, queue_name
 from app.local import EmbeddedRedis
 from app.parts import die_with_parent
-from app.schemas import Generation, GenerationRequest, Parameters
+from app.schemas import Generation, GenerationRequest, ModelAtWork, Parameters
 from app.settings import Settings
 from app.storage import open_store
 from models.catalog import Catalog
@@ -135,6 +135,10 @@ class SleepingStudio:
 
     def paces(self) -> Mapping[str, tuple[float, float]]:
         return {}
+
+    def at_work(self) -> list[ModelAtWork]:
+        n = len(self.drawn)
+        return [ModelAtWork(name=model, width=self.slots, rows=n, running=n, rows_per_second=0) for model in self.warm]
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,7 @@ def serve(settings: Settings, connected: Callable[[], "Redis"]) -> None:
         max_attempts=settings.max_attempts,
         warm_bonus=settings.warm_bonus,
         stop_grace=settings.stop_grace,
+        device=torch.cuda.get_device_name() if device == "cuda" else device,
         name=f"{socket.gethostname()}.{os.getpid()}",
     )
     if settings.worker_port:

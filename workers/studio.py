@@ -7,10 +7,12 @@ and leave, and takes outcomes.
 import hashlib
 import io
 import time
+from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import cached_property
+from statistics import fmean
 from typing import Any, TypeVar, cast
 
 import structlog
@@ -21,7 +23,7 @@ from torch import Tensor
 from app import metrics
 from app.images import encode, parameters_text
 from app.jobs import age_of
-from app.schemas import PICTURES, Parameters
+from app.schemas import PICTURES, ModelAtWork, Parameters
 from app.storage import BlobStore, image_key, input_key, preview_key
 from models.families import Resident
 from models.program import Inputs
@@ -115,6 +117,7 @@ class Studio:
         self.of_ticket: dict[Ticket, Drawing] = {}
         self.speeds: dict[str, float] = {}  # rows a second, per model
         self.costs: dict[str, float] = {}  # row steps a job, per model
+        self.lately: dict[str, list[int]] = {}  # rows of the denoiser's passes since we were last asked, per model
 
     # -- what the worker asks
 
@@ -191,6 +194,22 @@ class Studio:
             model: (self.speeds.get(model, warm.rows_per_second), self.costs.get(model, typical_cost(warm)))
             for model, warm in self.residency.warm.items()
         }
+
+    def at_work(self) -> list[ModelAtWork]:
+        """Each warm model, since we were last asked."""
+        lately, self.lately = self.lately, {}
+        running = Counter(drawing.parameters.model for drawing in self.drawings.values())
+        paces = self.paces()
+        return [
+            ModelAtWork(
+                name=model,
+                width=self.engine.width(warm.resident.denoiser),
+                rows=round(fmean(lately.get(model, [0])), 2),
+                running=running[model],
+                rows_per_second=round(paces[model][0], 2),
+            )
+            for model, warm in self.residency.warm.items()
+        ]
 
     def close(self) -> None:
         self.files.shutdown(wait=True)
@@ -330,6 +349,7 @@ class Studio:
             model = resident.card.name
             metrics.BATCH_ROWS.labels(model).observe(done.rows)
             metrics.STEPS.labels(model).inc(done.calls)
+            self.lately.setdefault(model, []).append(done.rows)
             metrics.BATCH_WIDTH.labels(model).set(width := self.engine.width(done.net))
             if done.rows >= width:  # a full pass: what the pace of a busy worker is made of
                 self.speeds[model] = averaged(self.speeds.get(model), done.rows / done.seconds)

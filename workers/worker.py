@@ -22,12 +22,14 @@ from rq.queue import Queue
 from rq.serializers import JSONSerializer
 from rq.suspension import WORKERS_SUSPENDED
 from rq.utils import now
-from rq.worker.base import BaseWorker, WorkerStatus
+from rq.worker.base import BaseWorker
+from rq.worker.base import WorkerStatus as State
 from rq.worker_registration import register
 
 from app import metrics
 from app.jobs import BELL, PRIORITIES, Pace, age_of, pace_key, queue_name
-from app.schemas import Parameters
+from app.schemas import ModelAtWork, Parameters, WorkerStatus
+from app.status import announce, withdraw
 from workers.connection import Patience, RedisAway
 from workers.leases import Clock, Leases, Seat, Why, model_of
 from workers.outcomes import EngineBroke, Expired, Failed, Stopped, TimedOut
@@ -50,6 +52,7 @@ class Studio(Protocol):
     def step(self) -> Mapping[str, Any]: ...  # one step for all; {id: result or exception} of those that ended
     def keep(self) -> None: ...  # all that another worker needs in order to go on from here
     def paces(self) -> Mapping[str, tuple[float, float]]: ...  # {model: (rows a second, rows a job)}
+    def at_work(self) -> list[ModelAtWork]: ...  # each warm model, since we last asked
 
 
 class EngineWorker(BaseWorker):
@@ -64,6 +67,7 @@ class EngineWorker(BaseWorker):
         max_attempts: int,
         warm_bonus: float,
         stop_grace: float,
+        device: str = "cpu",
         name: str | None = None,
     ):
         names = [queue_name(model, priority) for model in models for priority in PRIORITIES]
@@ -77,7 +81,8 @@ class EngineWorker(BaseWorker):
             log_job_description=False,
         )
         self.studio, self.clock, self.lease = studio, clock, lease
-        self.warm_bonus, self.stop_grace = warm_bonus, stop_grace
+        self.warm_bonus, self.stop_grace, self.device = warm_bonus, stop_grace, device
+        self.began = time.monotonic()
         self.leases = Leases(connection, self.name, lease, max_attempts, clock)
         self.upkeep = Upkeep(connection, self.queues, self.leases)
         self.seats: dict[str, Seat] = {}
@@ -289,11 +294,12 @@ class EngineWorker(BaseWorker):
         """Tell the others that we are here and how fast; learn whether any lease in our queues has run out."""
         with self.connection.pipeline(transaction=False) as pipe:
             self.heartbeat(self.lease, pipe)
-            self.set_state(WorkerStatus.BUSY if self.seats else WorkerStatus.IDLE, pipe)
+            self.set_state(State.BUSY if self.seats else State.IDLE, pipe)
             for model, (rows_per_second, rows_per_job) in self.studio.paces().items():
                 pace = Pace(self.clock.time() + self.lease, rows_per_second, rows_per_job)
                 pipe.hset(pace_key(model), self.name, json.dumps(pace))
                 pipe.expire(pace_key(model), self.lease * 2)
+            announce(pipe, self.status(), self.lease)
             for queue in self.queues:
                 pipe.zcount(queue.started_job_registry.key, 0, self.clock.time())
             pipe.exists(WORKERS_SUSPENDED)
@@ -305,6 +311,15 @@ class EngineWorker(BaseWorker):
             self.connection.hset(self.key, mapping=self.serialize())
             register(self)
         return any(answers[-len(self.queues) :])
+
+    def status(self) -> WorkerStatus:
+        return WorkerStatus(
+            name=self.name,
+            device=self.device,
+            uptime_seconds=round(time.monotonic() - self.began, 1),
+            stopping=self._stop_requested,
+            models=self.studio.at_work(),
+        )
 
     def renew(self) -> None:
         seats, renewed = list(self.seats.values()), list[Seat]()
@@ -369,6 +384,7 @@ class EngineWorker(BaseWorker):
         with suppress(RedisAway), self.connection.pipeline() as pipe:  # then what it knows of us runs out by itself
             for model in {model_of(queue) for queue in self.queues}:
                 pipe.hdel(pace_key(model), self.name)
+            withdraw(pipe, self.name)
             pipe.execute()
             super().teardown()
 
