@@ -263,6 +263,36 @@ def models() -> None:
 
 
 @cli.command()
+def simulate(
+    mix: Annotated[str, typer.Option(help="a: 20 steps; b: 4 or 50; c: two models; d: guidance on or off.")] = "b",
+    model: Annotated[str, typer.Option(help="Whose curve: sd15, sdxl or small, on one H100.")] = "sd15",
+    requests: Annotated[int, typer.Option(min=100)] = 1500,
+    seeds: Annotated[int, typer.Option(min=1)] = 3,
+    plot: Annotated[Path | None, typer.Option(help="Draw latency over load into this PNG.")] = None,
+) -> None:
+    """Say what scheduling policies would do: seconds to wait, over load, by the policy that the engine runs."""
+    from app.plot import Panel, draw
+    from workers.simulation import CURVES, LOADS, MIXES, POLICIES, averaged, run
+
+    for name, value, known in (("--mix", mix, MIXES), ("--model", model, CURVES)):
+        if value not in known:
+            raise SystemExit(f"{name} {value}: there are {', '.join(known)}")
+    table = Table("load", "policy", "p50 s", "p99 s", "p99 s of the short", "requests/s")
+    waits: dict[str, dict[str, list[tuple[float, float]]]] = {"p50": {}, "p99": {}, "p99_short": {}}
+    for load in LOADS:
+        for policy in POLICIES:
+            found = averaged([run(policy, mix, model, load, requests, seed) for seed in range(seeds)])
+            table.add_row(f"{load:.0%}", policy, *(f"{figure:.2f}" for figure in found))
+            for name, curves in waits.items() if policy != "one by one" else ():  # beside which all others are flat
+                curves.setdefault(policy, []).append((100 * load, getattr(found, name)))
+        table.add_section()
+    Console().print(table)
+    if plot:
+        titles = {"p50": "p50, seconds", "p99": "p99, seconds", "p99_short": "p99 of the short requests, seconds"}
+        draw([Panel(titles[name], "load, % of saturation", curves) for name, curves in waits.items()], plot)
+
+
+@cli.command()
 def dead(
     requeue: Annotated[str | None, typer.Option(metavar="ID", help="Queue this one again.")] = None,
     traceback: Annotated[str | None, typer.Option(metavar="ID", help="What this one ended with.")] = None,

@@ -87,6 +87,7 @@ class Settings(BaseSettings):
     step_timeout: float = Field(0, ge=0)  # seconds after which a pass hangs; 0: from the slowest measured, 60 or more
     warm_bonus: float = Field(10, ge=0)  # seconds that a job may overtake one whose model must be loaded first
     max_rows: int = Field(0, ge=0)  # widest forward pass tried at warm-up; 0: the card's figure
+    overbooking: float = Field(2, ge=1, le=8)  # passes' rows held at once, so that short requests overtake long ones
     preview_size: int = Field(256, ge=16)  # longest side in pixels: enough to judge by, a few KiB to send
     worker_port: int = Field(0, ge=0, le=65535)  # a worker's /livez, /readyz, /metrics; 0: none (`up` shares the API's)
 

@@ -141,6 +141,7 @@ EVERY_KIND: dict[str, Any] = {
     "step_timeout": 2.0,
     "warm_bonus": 0.0,
     "max_rows": 4,
+    "overbooking": 1.5,
     "preview_size": 16,
     "worker_port": 9000,
     "log_format": "json",

@@ -1,7 +1,7 @@
 """Step-level continuous batching: programs in, pictures out. Knows nothing of diffusion.
 
-Each `step()` runs one forward pass: the call that has waited longest and every other that may share its pass. Programs
-therefore come and go between any two passes, and none waits for a whole batch to end.
+Each `step()` runs one forward pass, for the calls that `workers/policy.py` says. Programs therefore come and go between
+any two passes, and none waits for a whole batch to end.
 """
 
 import re
@@ -20,6 +20,7 @@ from torch.utils import _pytree as torch_pytree  # knows tuples, dicts, and the 
 from app import metrics
 from models.program import Call, Net, Program
 from workers.outcomes import OutOfMemory
+from workers.policy import Policy, fitting
 
 log = structlog.get_logger()
 
@@ -45,6 +46,8 @@ class Ticket:
 
     program: Program
     seat: int | None = None
+    account: str = ""  # whose device time it takes
+    rank: int = 0
     past: Mapping[int, Any] = field(default_factory=dict[int, Any], repr=False)
     call: Call | None = None  # what it waits for; none once it is done
     calls: int = 0  # made so far, the one it waits for included
@@ -90,6 +93,27 @@ class Waiting:
     call: Call
     columns: Columns
 
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return self.columns.key
+
+    @property
+    def rows(self) -> int:
+        return self.call.rows
+
+    @property
+    def account(self) -> str:
+        return self.ticket.account
+
+    @property
+    def rank(self) -> int:
+        return self.ticket.rank
+
+    @property
+    def left(self) -> int:
+        done, steps = self.ticket.at or (0, 0)
+        return self.rows * (steps - done)
+
 
 @dataclass(slots=True)
 class Seating:
@@ -125,7 +149,9 @@ class Engine:
         self,
         observe: Callable[[Pass], None] = lambda _: None,
         note: Callable[[Ticket, Any], None] = lambda *_: None,
+        policy: Policy | None = None,
     ):
+        self.policy = policy or Policy()
         self.waiting: list[Waiting] = []  # in the order in which the calls came in
         self.observe, self.note = observe, note
         self.narrow = WeakKeyDictionary[Net, tuple[float, int]]()  # until when, and how many rows
@@ -138,12 +164,19 @@ class Engine:
         until, rows = self.narrow.get(net, (0.0, net.width))
         return min(rows, net.width) if time.monotonic() < until else net.width
 
-    def submit(self, program: Program, seat: int | None = None, past: Mapping[int, Any] | None = None) -> Ticket:
+    def submit(
+        self,
+        program: Program,
+        seat: int | None = None,
+        past: Mapping[int, Any] | None = None,
+        account: str = "",
+        rank: int = 0,
+    ) -> Ticket:
         """Run a program to its first call, or past those that `past` answers.
 
         What it raises there is the ticket's outcome, as later.
         """
-        ticket = Ticket(program, seat, past or {})
+        ticket = Ticket(program, seat, account, rank, past or {})
         self._resume(ticket, None)
         return ticket
 
@@ -158,9 +191,12 @@ class Engine:
         """One forward pass. Returns the tickets that are done with it."""
         if not self.waiting:
             return []
-        seating = together(self.waiting, self.width)
+        seating = together(self.policy.turn(self.waiting), self.width)
         self.waiting = [waiting for waiting in self.waiting if waiting not in seating.places]
-        for waiting, outcome in self._run(seating):
+        began = time.perf_counter()
+        outcomes = self._run(seating)
+        self.policy.charge(next(iter(seating.places)).account, time.perf_counter() - began)
+        for waiting, outcome in outcomes:
             if waiting.call.net.journaled and not isinstance(outcome, Exception):
                 self.note(waiting.ticket, outcome)
             self._resume(waiting.ticket, outcome)
@@ -231,26 +267,15 @@ def close(program: Program) -> None:
 # -- who shares a pass, and which rows
 
 
-def together(waiting: Sequence[Waiting], width: Callable[[Net], int]) -> Seating:
-    """The pass that the longest-waiting call gets, with all that may share it."""
-    first = waiting[0]
-    alike = [one for one in waiting if one.columns.key == first.columns.key]
+def together(alike: Sequence[Waiting], width: Callable[[Net], int]) -> Seating:
+    """The pass that the first of them gets, with all others that fit in."""
+    first = alike[0]
     if first.ticket.seat is None:
-        return packed(fitting(alike, width(first.call.net)))
+        return packed(fitting([one for one in alike if one.ticket.seat is None], width(first.call.net)))
     rows = first.call.net.reproducible_rows
     if rows is None or first.call.rows > rows:
         return Seating({first: 0}, first.call.rows)
     return seated(alike, rows)
-
-
-def fitting(alike: Sequence[Waiting], width: int) -> list[Waiting]:
-    """The default lane: as many as fit, in order; at least the first."""
-    chosen, rows = list[Waiting](), 0
-    for waiting in alike:
-        if waiting.ticket.seat is None and (not chosen or rows + waiting.call.rows <= width):
-            chosen.append(waiting)
-            rows += waiting.call.rows
-    return chosen
 
 
 def packed(calls: Sequence[Waiting]) -> Seating:

@@ -76,7 +76,7 @@ def serve(settings: Settings, connected: Callable[[], "Redis"]) -> None:
     if settings.journal_interval:
         journal = Journal(blobs, torch.device(device), settings.journal_interval, settings.journal_mib * MIB)
     watchdog = Watchdog(settings.step_timeout, settings.lease)
-    studio = Studio(residency, blobs, journal, reporter, clock, settings.preview_size, watchdog)
+    studio = Studio(residency, blobs, journal, reporter, clock, settings.preview_size, watchdog, settings.overbooking)
     worker = EngineWorker(
         catalog.names,
         studio=studio,

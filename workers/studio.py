@@ -22,7 +22,7 @@ from torch import Tensor
 
 from app import metrics
 from app.images import encode, parameters_text
-from app.jobs import age_of
+from app.jobs import PRIORITIES, age_of
 from app.schemas import PICTURES, ModelAtWork, Parameters
 from app.storage import BlobStore, image_key, input_key, preview_key
 from models.families import Resident
@@ -107,9 +107,11 @@ class Studio:
         clock: Clock,
         preview_size: int,
         watchdog: Watchdog,
+        overbooking: float = 1.0,
     ):
         self.residency, self.blobs, self.journal = residency, blobs, journal
         self.reporter, self.clock, self.preview_size, self.watchdog = reporter, clock, preview_size, watchdog
+        self.overbooking = overbooking
         self.engine = Engine(self._observe, self._note)
         self.drawings: dict[str, Drawing] = {}
         self.files = ThreadPoolExecutor(2, thread_name_prefix="files", initializer=beside_the_engine)
@@ -125,7 +127,7 @@ class Studio:
         """Whether a generation of this model could join now; if its model is cold, bring that in."""
         self.residency.arrived()
         if warm := self.residency.get(model):
-            return self._rows(model) < self.engine.width(warm.resident.denoiser)
+            return self._rows(model) < self.overbooking * self.engine.width(warm.resident.denoiser)
         if self.residency.failure(model):
             return True  # to be told so
         self.residency.want(model, busy={drawing.parameters.model for drawing in self.drawings.values()})
@@ -237,7 +239,13 @@ class Studio:
         for i in range(r.n):
             seed = r.seed + i
             program = drawing.resident.draw(r, seed, inputs)
-            ticket = self.engine.submit(program, seed if r.reproducible else None, past[i] if past else None)
+            ticket = self.engine.submit(
+                program,
+                seed if r.reproducible else None,
+                past[i] if past else None,
+                account=r.model,
+                rank=PRIORITIES.index(r.priority),
+            )
             drawing.tickets.append(ticket)
             self.of_ticket[ticket] = drawing
             if ticket.done:

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from app.plot import Panel, draw
 from models.program import Inputs
 from models.scoring import Scorer
 from tests.bench.guided import DOCS, NOTHING, asked, pictures, resident, sheet
-from tests.chaos.plot import Panel, draw
 
 CAPTIONS = [
     f"a {thing} on a {colour} background"

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from app.plot import Panel, draw
 from app.schemas import Parameters
 from models.catalog import Catalog
 from models.families import FAMILIES
@@ -18,7 +19,6 @@ from models.loading import load_parts, load_pipeline
 from models.program import Call, Inputs
 from models.scoring import Judge, Scorer
 from models.unclip import of_variance_one
-from tests.chaos.plot import Panel, draw
 from workers.engine import Engine
 
 DOCS = Path(__file__).parents[2] / "docs"

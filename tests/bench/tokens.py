@@ -7,10 +7,10 @@ from typing import Any
 
 from PIL import Image
 
+from app.plot import Panel, draw
 from models.scoring import Scorer
 from tests.bench.cascades import CAPTIONS, SHOWN, agreement
 from tests.bench.guided import DOCS, NOTHING, asked, pictures, resident, sheet
-from tests.chaos.plot import Panel, draw
 
 SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 CANDIDATES = (1, 2, 4, 8)

@@ -17,7 +17,7 @@ import httpx2
 from rich.console import Console
 from rich.table import Table
 
-from tests.chaos.plot import Panel, draw
+from app.plot import Panel, draw
 from tests.chaos.system import System
 
 PLOT = Path(__file__).parents[2] / "docs" / "soak.png"

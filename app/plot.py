@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 WIDTH, HEIGHT, COLUMNS = 560, 300, 2  # of a panel, and how many side by side
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 44, 44
-COLOURS = ("#1f5fa8", "#c4511d", "#2f8f4e", "#7b4aa5")
+COLOURS = ("#1f5fa8", "#c4511d", "#2f8f4e", "#7b4aa5", "#8a7a1c")
 INK, GRID = "#333333", "#dddddd"
 
 
@@ -33,7 +33,7 @@ def draw_panel(on: ImageDraw.ImageDraw, panel: Panel, x0: int, y0: int) -> None:
     left, right, top, bottom = x0 + LEFT, x0 + WIDTH - RIGHT, y0 + TOP, y0 + HEIGHT - BOTTOM
     points = [point for curve in panel.curves.values() for point in curve]
     highest, furthest = (nice(max((point[axis] for point in points), default=1)) for axis in (1, 0))
-    on.text((left, y0 + 14), panel.title, INK, bold)
+    on.text((left, y0 + 6), panel.title, INK, bold)
     on.text(((left + right) // 2, bottom + 24), panel.across, INK, font, anchor="mt")
     for i in range(5):
         y, x = bottom - (bottom - top) * i // 4, left + (right - left) * i // 4
@@ -46,7 +46,7 @@ def draw_panel(on: ImageDraw.ImageDraw, panel: Panel, x0: int, y0: int) -> None:
         line = [(left + (right - left) * x / furthest, bottom - (bottom - top) * value / highest) for x, value in curve]
         on.line(line, colour, 2)
         if len(panel.curves) > 1:
-            on.text((beside, y0 + 16), name, colour, font, anchor="rt")
+            on.text((beside, y0 + 25), name, colour, font, anchor="rt")
             beside -= round(on.textlength(name, font)) + 14
 
 

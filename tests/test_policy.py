@@ -1,0 +1,146 @@
+"""Who takes part in which pass, and what the simulator says of it."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from app.cli import cli
+from models.program import Call, Net, Program
+from workers.engine import Engine, Pass
+from workers.policy import Policy, fitting
+from workers.simulation import CURVES, MIXES, POLICIES, Request, arrivals, averaged, passes, run
+
+
+@dataclass(eq=False)
+class One:
+    name: str
+    left: int = 10
+    key: str = "denoise"
+    account: str = "model"
+    rank: int = 1
+    rows: int = 1
+
+
+def names(policy: Policy, *waiting: One) -> list[str]:
+    return [one.name for one in policy.turn(waiting)]
+
+
+# -- the policy
+
+
+def test_whoever_has_waited_longest_leads_and_the_others_follow_by_what_they_have_left():
+    waiting = One("long", 50), One("middle", 8), One("short", 2), One("other", 5)
+    assert names(Policy(), *waiting) == ["long", "short", "other", "middle"]
+
+
+def test_a_higher_priority_goes_before_what_is_nearly_done():
+    assert names(Policy(), One("first"), One("short", 2), One("urgent", 50, rank=0)) == ["first", "urgent", "short"]
+
+
+def test_only_calls_of_the_leaders_kind_share_its_pass():
+    assert names(Policy(), One("text", key="encode"), One("a"), One("b", key="encode")) == ["text", "b"]
+
+
+def test_models_get_the_same_time_whatever_their_passes_take():
+    policy, seconds = Policy(), Counter[str]()
+    for _ in range(1000):
+        (one,) = policy.turn([One("slow", account="slow"), One("quick", account="quick")])
+        took = {"slow": 1.0, "quick": 0.02}[one.name]
+        policy.charge(one.account, took)
+        seconds[one.name] += took
+    assert seconds["slow"] == pytest.approx(seconds["quick"], abs=1)
+
+
+def test_a_model_that_comes_back_has_saved_up_nothing():
+    policy, turns = Policy(), list[str]()
+    for _ in range(50):
+        policy.turn([One("busy", account="busy")])
+        policy.charge("busy", 1.0)
+    for _ in range(10):
+        (one,) = policy.turn([One("busy", account="busy"), One("back", account="back")])
+        policy.charge(one.account, 1.0)
+        turns.append(one.name)
+    assert Counter(turns) == {"busy": 5, "back": 5}
+
+
+def test_nobody_is_put_off_for_good():
+    """However many short ones come in."""
+    policy, waiting, passes = Policy(), [One("long", 1000), *(One(f"crowd {i}") for i in range(9))], Counter[str]()
+    for i in range(300):
+        chosen = fitting(policy.turn(waiting), 4)
+        passes.update(one.name for one in chosen)
+        waiting = [one for one in waiting if one not in chosen]
+        waiting += [one if one.name == "long" else One(f"newcomer {i}", 2) for one in chosen]
+    assert passes["long"] >= 300 // 10
+
+
+# -- the simulator
+
+
+def counting(net: Net, request: Request) -> Program:
+    for i in range(request.steps):
+        yield Call(net, {"x": torch.zeros(request.rows, 1)}, request.rows, (i, request.steps))
+    return torch.zeros(1)
+
+
+class Timed(Policy):
+    """Charges what the curve says instead of what this machine took."""
+
+    def charge(self, account: str, seconds: float) -> None:
+        super().charge(account, TOOK[account])
+
+
+TOOK = {"sd15": 0.03, "sdxl": 0.15}
+
+
+@pytest.mark.parametrize("mix", ["b", "c", "d"])
+def test_it_lets_in_the_same_requests_as_the_engine_pass_by_pass(mix: str):
+    requests = arrivals(MIXES[mix], "sd15", CURVES, load=1e9, count=30, seed=1)  # all at once
+    curves = {model: dict.fromkeys(range(1, 9), took) for model, took in TOOK.items()}
+    for request in requests:
+        request.arrives = 0.0
+    simulated = [[requests.index(one) for one in chosen] for chosen in passes(requests, curves, Timed(), 30, 8)]
+
+    nets = {model: Net(model, lambda x: x, width=8) for model in TOOK}
+    seen = list[list[int]]()
+
+    def observe(done: Pass) -> None:
+        seen.append([tickets.index(ticket) for ticket in done.tickets])
+
+    engine = Engine(observe, policy=Timed())
+    tickets = list[object]()
+    for request in requests:
+        request.done = 0
+        tickets.append(engine.submit(counting(nets[request.account], request), account=request.account))
+    while engine:
+        engine.step()
+    assert seen == simulated
+
+
+def test_every_request_ends_and_none_before_it_could():
+    requests = arrivals(MIXES["b"], "sd15", CURVES, load=0.9, count=300, seed=0)
+    for _ in passes(requests, CURVES, Policy(), 2.0):
+        pass
+    fastest = min(CURVES["sd15"].values())
+    assert all(one.done == one.steps and one.latency >= one.steps * fastest for one in requests)
+
+
+def test_short_requests_overtake_long_ones_that_are_held_with_them():
+    def p99_short(policy: str) -> float:
+        return averaged([run(policy, "b", "sd15", 0.8, 600, seed) for seed in range(3)]).p99_short
+
+    assert p99_short("holding 2") < 0.6 * p99_short("holding 1")
+
+
+def test_the_command_prints_a_row_a_load_and_policy_and_draws_them(tmp_path: Path):
+    asked = ["simulate", "--mix", "a", "--requests", "100", "--seeds", "1", "--plot", str(tmp_path / "plot.png")]
+    result = CliRunner().invoke(cli, asked)
+    assert result.exit_code == 0, result.output
+    assert all(policy in result.output for policy in POLICIES)
+    assert Image.open(tmp_path / "plot.png").width > 500
+    assert CliRunner().invoke(cli, ["simulate", "--mix", "z"]).exit_code == 1
