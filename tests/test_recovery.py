@@ -19,7 +19,15 @@ from tests.conftest import local_settings
 from tests.lab import until
 
 LEASE = 3
-LONG = {"prompt": "a red apple", "num_inference_steps": 40, "seed": 3, "reproducible": True, "scheduler": "unipc"}
+LONG = {
+    "prompt": "a red apple",
+    "width": 64,
+    "height": 64,
+    "num_inference_steps": 60,
+    "seed": 3,
+    "reproducible": True,
+    "scheduler": "unipc",
+}
 
 
 @pytest.fixture(scope="module")
