@@ -23,6 +23,7 @@ T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
 
 GENERATIONS = "/v1/generations"
+PAGE = 100  # the most there is
 AGAIN = frozenset({429, 502, 503, 504})  # not at this moment
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 5.0  # seconds; each time twice as long
 TIMEOUT = 30.0  # seconds of silence
@@ -64,7 +65,7 @@ class Exchanges:
         return self._of(Generation, "DELETE", f"{GENERATIONS}/{id_of(generation)}")
 
     def page(self, cursor: str | None, status: str | None, model: str | None) -> Exchange[GenerationList]:
-        wanted = {"cursor": cursor, "status": status, "model": model, "limit": 100}
+        wanted = {"cursor": cursor, "status": status, "model": model, "limit": PAGE}
         wanted = {name: value for name, value in wanted.items() if value is not None}
         return self._of(GenerationList, "GET", GENERATIONS, params=wanted)
 
