@@ -143,18 +143,16 @@ def test_models_says_what_there_is(client: Darkroom):
     assert "inpaint" in model.tasks
 
 
-def test_twenty_at_once_are_drawn_as_if_alone(client: Darkroom, network: Proxy):
-    async def all_at_once() -> list[str]:
+def test_twenty_at_once_are_all_drawn(network: Proxy):
+    async def all_at_once() -> list[bytes]:
         async with AsyncDarkroom(f"http://{network.address}") as client:
-            made = await asyncio.gather(*[client.generate("a dog", seed=i % 10, **BRIEF) for i in range(20)])
+            made = await asyncio.gather(*[client.generate("a dog", seed=i, **BRIEF) for i in range(20)])
             files = await asyncio.gather(*[client.image(one.images[0]) for one in made])
-            assert [one.parameters.seed for one in made] == [i % 10 for i in range(20)]
-            mine = {one.id for one in made}
-            assert mine <= {one.id async for one in client.list()}
-            return ["same" if files[i] == files[i + 10] else "other" for i in range(10)]
+            assert [one.parameters.seed for one in made] == [*range(20)]
+            assert {one.id for one in made} <= {one.id async for one in client.list()}
+            return files
 
-    assert len(asyncio.run(all_at_once())) == 10
-    assert client.generate("a dog", seed=0, **BRIEF).status == "succeeded"
+    assert len(set(asyncio.run(all_at_once()))) == 20
 
 
 # -- refused
@@ -287,9 +285,7 @@ def test_the_environment_says_where_and_who(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_every_field_of_a_request_may_be_given():
-    assert ["prompt", *Fields.__annotations__] == sorted(
-        GenerationRequest.model_fields, key=["prompt", *Fields.__annotations__].index
-    )
+    assert {"prompt", *Fields.__annotations__} == set(GenerationRequest.model_fields)
 
 
 def test_both_clients_have_the_same_methods():
