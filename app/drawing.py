@@ -2,6 +2,7 @@
 
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from app.terminal import Screen, way
-from darkroom import Darkroom, Event, Fields, Generation, NotDrawn
+from darkroom import Darkroom, DarkroomError, Event, Fields, Generation
+from darkroom.exchange import drawn
 
 PREVIEWS = 5  # on the way to a picture
 
@@ -23,9 +25,10 @@ def draw(client: Darkroom, prompt: str | None, fields: Fields, output: Path, con
         fields["preview_every"] = max(1, steps_of(client, fields) // (PREVIEWS + 1))
     generation = client.submit(prompt, **fields)
     try:
-        generation, paths = drawn(client, generation, output, console, screen)
+        generation, paths = watched(client, generation, output, console, screen)
     except KeyboardInterrupt:
-        client.cancel(generation)
+        with suppress(DarkroomError):  # it ended just now
+            client.cancel(generation)
         raise
     took = time.perf_counter() - began
     for warning in generation.warnings:
@@ -35,7 +38,7 @@ def draw(client: Darkroom, prompt: str | None, fields: Fields, output: Path, con
     console.print(f"{took:.2f} s from request to file", highlight=False)
 
 
-def drawn(
+def watched(
     client: Darkroom, generation: Generation, output: Path, console: Console, screen: Screen
 ) -> tuple[Generation, list[Path]]:
     """The generation when it has ended, and its files.
@@ -57,9 +60,7 @@ def drawn(
             if event.preview and event.preview.number == 0 and screen.way:
                 screen.show(client.image(event.preview))
             generation = event.generation or generation
-        if generation.status != "succeeded":
-            raise NotDrawn(generation)
-        paths = client.save(generation, output)
+        paths = client.save(drawn(generation), output)
         if generation.images[0].frames == 1:
             screen.show(paths[0].read_bytes())
     return generation, paths
