@@ -26,7 +26,7 @@ from tests.proxy import Proxy
 
 ROOT = Path(__file__).parent.parent
 BRIEF: Fields = {"width": 64, "height": 64, "num_inference_steps": 2}
-LONG: Fields = {"width": 64, "height": 64, "num_inference_steps": 100}
+LONG: Fields = {"width": 64, "height": 64, "num_inference_steps": 50}
 SUBMISSION = b"POST /v1/generations"
 
 
@@ -209,7 +209,7 @@ def test_a_restart_of_the_server_in_the_middle_is_not_noticed(client: Darkroom, 
             api.stop() if how == "stop" else api.process.kill()
             api.process.wait()
             api.start()
-    assert steps == list(range(1, 101))
+    assert steps == list(range(1, 51))
     assert client.get(made).status == "succeeded"
     api.wait(30)
 
@@ -220,12 +220,12 @@ def test_connections_that_break_again_and_again_are_not_noticed(client: Darkroom
             steps = list[int | None]()
             async for event in client.watch(await client.submit("a dog", **LONG)):
                 steps += [event.step] if event.name == "progress" else []
-                if event.step in (5, 20, 21, 50):
+                if event.step in (5, 20, 21, 40):
                     network.cut()
                     later(0.2, network.heal)
             return steps
 
-    assert asyncio.run(watched()) == list(range(1, 101))
+    assert asyncio.run(watched()) == list(range(1, 51))
 
 
 def test_a_busy_service_is_asked_again_when_it_says(client: Darkroom, redis: Proxy):
