@@ -115,7 +115,7 @@ def test_typescript_types_made_of_it_are_right(document: dict[str, Any], tmp_pat
         shutil.copy(CLIENT / name, tmp_path)
     (tmp_path / "openapi.json").write_text(json.dumps(document))
     installed = subprocess.run(
-        ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--prefer-offline"],
+        ["npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund", "--prefer-offline", "--fetch-retries", "0"],
         cwd=tmp_path, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     if installed.returncode:
