@@ -54,7 +54,8 @@ COPY models/__init__.py models/catalog.py models/
 COPY models/cards models/cards
 COPY models/suites models/suites
 COPY app app
-RUN python -m compileall -q app models && darkroom --help >/dev/null
+COPY darkroom darkroom
+RUN python -m compileall -q app darkroom models && darkroom --help >/dev/null
 USER 10001:10001
 ENV DARKROOM_PORT=8000
 EXPOSE 8000
@@ -69,8 +70,9 @@ COPY models/*.py models/
 COPY models/cards models/cards
 COPY models/suites models/suites
 COPY app app
+COPY darkroom darkroom
 COPY workers workers
-RUN python -m compileall -q app models workers && darkroom --help >/dev/null
+RUN python -m compileall -q app darkroom models workers && darkroom --help >/dev/null
 USER 10001:10001
 # What comes from the Hugging Face hub is kept in /models: mount a volume there, or each container downloads its own.
 ENV DARKROOM_WORKER_PORT=9100 \

@@ -6,7 +6,7 @@ import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 from rich.console import Console
@@ -18,8 +18,9 @@ from app.settings import Settings, read_settings
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Sequence
 
-    from app.client import Client
     from app.dead import Dead
+    from app.schemas import OutputFormat, Task
+    from darkroom import Darkroom, Fields
 
 cli = typer.Typer(
     no_args_is_help=True,
@@ -136,17 +137,17 @@ def generate(
     fps: Annotated[int | None, typer.Option(help="Its frames a second.")] = None,
     mix: Annotated[float | None, typer.Option(help="Where between the ends, from 0 to 1.")] = None,
     reproducible: bool = False,
+    preview: Annotated[bool, typer.Option(help="Show the picture as it comes, where the terminal can.")] = True,
     url: Annotated[str, typer.Option(envvar="DARKROOM_URL", help="A running service.")] = "http://127.0.0.1:8000",
     fresh: Annotated[bool, typer.Option(help="Start a service for this, even if one is running.")] = False,
     with_parent: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
     """Draw a picture: on a running service or, with none, on one that is started for it."""
-    from app.client import encoded
+    from app.drawing import draw
 
     end_with_parent(with_parent)
-    request = {
-        "task": task,
-        "prompt": prompt,
+    fields: Fields = {
+        "task": cast("Task | None", task),  # the service knows which there are
         "n": n,
         "model": model,
         "negative_prompt": negative_prompt,
@@ -156,22 +157,21 @@ def generate(
         "guidance_scale": guidance_scale,
         "scheduler": scheduler,
         "seed": seed,
-        "image": encoded(image),
-        "mask": encoded(mask),
+        "image": image,
+        "mask": mask,
         "strength": strength,
         "end_prompt": end_prompt,
-        "end_image": encoded(end_image),
-        "control_image": encoded(control_image),
-        "ip_adapter_image": encoded(ip_adapter_image),
+        "end_image": end_image,
+        "control_image": control_image,
+        "ip_adapter_image": ip_adapter_image,
         "num_frames": num_frames,
         "fps": fps,
         "mix": mix,
         "reproducible": reproducible,
         "output_format": output_format(output),
     }
-    request = {name: value for name, value in request.items() if value is not None}
     with some_service(url, fresh, [model] if model else ()) as client:
-        client.draw(request, output, console)
+        draw(client, prompt, fields, output, console, preview)
 
 
 @cli.command("eval")
@@ -194,12 +194,11 @@ def evaluate(
     except ValueError as error:
         raise SystemExit(str(error)) from None
     given = {"num_inference_steps": steps, "guidance_scale": guidance_scale}
-    given = {name: value for name, value in given.items() if value is not None}
     names = models.split(",")
     output.mkdir(parents=True, exist_ok=True)
     with some_service(url, fresh, names) as client, console.status("drawing") as status:
         scores = draw_and_score(
-            client.fetch,
+            lambda request: client.image(client.generate(**request).images[0]),
             lambda name, data: (output / name).write_bytes(data),
             prompts,
             names,
@@ -218,20 +217,20 @@ def evaluate(
 
 
 @contextmanager
-def some_service(url: str, fresh: bool, models: "Sequence[str]" = ()) -> "Generator[Client]":
+def some_service(url: str, fresh: bool, models: "Sequence[str]" = ()) -> "Generator[Darkroom]":
     """A client of the service at `url` or, with none, of one that lives as long as this; `models` are to be served.
 
     What the service refuses, and what keeps it from starting, ends the command with that.
     """
-    from app.client import Client, Refused
     from app.local import LocalService
     from app.parts import StartFailed
+    from darkroom import Darkroom, DarkroomError
 
-    key = os.environ.get("DARKROOM_API_KEY")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        if not fresh and Client(url, key).answers():
-            yield Client(url, key)
+        if not fresh and answers(url):
+            with Darkroom(url) as client:
+                yield client
             return
         with tempfile.TemporaryDirectory(prefix="darkroom-", ignore_cleanup_errors=True) as directory:
             quiet = None if "DARKROOM_LOG_LEVEL" in os.environ else "warning"
@@ -239,13 +238,23 @@ def some_service(url: str, fresh: bool, models: "Sequence[str]" = ()) -> "Genera
             check_cards(settings)
             status = console.status("starting")
             status.start()
-            with LocalService(settings, 1, status.update) as service:
+            with LocalService(settings, 1, status.update) as service, Darkroom(service.url) as client:
                 status.stop()
-                yield Client(service.url, key)
-    except (Refused, StartFailed) as error:
+                yield client
+    except (DarkroomError, StartFailed) as error:
         raise SystemExit(str(error)) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
+
+
+def answers(url: str) -> bool:
+    """Whether there is a service, at once."""
+    import httpx2
+
+    try:
+        return httpx2.get(f"{url.rstrip('/')}/livez", timeout=2).status_code == 200
+    except httpx2.HTTPError:
+        return False
 
 
 @cli.command()
@@ -354,10 +363,17 @@ def required_redis(settings: Settings) -> str:
     return settings.redis_url
 
 
-def output_format(path: Path) -> str:
+def output_format(path: Path) -> "OutputFormat":
     """By the file's name: .png, .jpg, .jpeg, .webp, .avif or .mp4."""
     suffix = path.suffix.lower().lstrip(".")
-    known = {"png": "png", "jpg": "jpeg", "jpeg": "jpeg", "webp": "webp", "avif": "avif", "mp4": "mp4"}
+    known: dict[str, OutputFormat] = {
+        "png": "png",
+        "jpg": "jpeg",
+        "jpeg": "jpeg",
+        "webp": "webp",
+        "avif": "avif",
+        "mp4": "mp4",
+    }
     if suffix not in known:
         raise typer.BadParameter(f"{path}: a picture's name ends in .png, .jpg, .webp or .avif, a video's also in .mp4")
     return known[suffix]

@@ -14,7 +14,7 @@ from rq.serializers import JSONSerializer
 from app.errors import InvalidRequest, NotCancelable, NotFound
 from app.evaluation import Prompt, Score, Suite
 from app.jobs import STATUS, Jobs, is_id, new_id
-from app.schemas import Failure, GenerationRequest, Name, Status
+from app.schemas import Answer, Failure, GenerationRequest, Name, Status
 from app.storage import evaluation_folder
 
 QUEUE = "evaluations"
@@ -69,7 +69,7 @@ class Pictures(BaseModel):
     of: int
 
 
-class Evaluation(BaseModel):
+class Evaluation(Answer):
     """An evaluation as it stands now."""
 
     id: str

@@ -15,7 +15,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from app import errors, events, metrics
+from app import errors, events, examples, metrics
 from app.auth import KeyCheck
 from app.connection import connect
 from app.evaluations import Evaluations
@@ -56,6 +56,7 @@ class Service(FastAPI):
         if not self.state.settings.api_keys:
             for operation in (it for methods in document["paths"].values() for it in methods.values()):
                 operation.pop("security", None)
+        examples.put_into(document)
         return document
 
 

@@ -92,7 +92,7 @@ class Lora(BaseModel, frozen=True):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     name: Name = Field(description="One that the model lists.")
-    scale: float = Field(default=1.0, ge=-4, le=4)
+    scale: float = Field(default=1.0, ge=-4, le=4, description="How much of it; 1 is as it was trained.")
 
 
 class GenerationRequest(BaseModel, frozen=True):
@@ -114,7 +114,7 @@ class GenerationRequest(BaseModel, frozen=True):
     )
     width: int | None = Field(None, ge=1, description="Pixels.")
     height: int | None = Field(None, ge=1, description="Pixels.")
-    num_inference_steps: int | None = Field(None, ge=1)
+    num_inference_steps: int | None = Field(None, ge=1, description="More are finer, and take longer.")
     guidance_scale: float | None = Field(
         None, ge=0, description="Classifier-free guidance; at 1 or less it is off, and a step costs half as much."
     )
@@ -146,7 +146,7 @@ class GenerationRequest(BaseModel, frozen=True):
     preview_every: int | None = Field(None, ge=1, description="Publish a preview after every so many steps.")
     reproducible: bool = Field(False, description="Same seed, same bytes, whatever else the worker is doing.")
     expires_in: int | None = Field(None, ge=1, le=604_800, description="Seconds after which nobody wants it any more.")
-    priority: Priority = "normal"
+    priority: Priority = Field("normal", description="Worth a minute of waiting, either way.")
     metadata: dict[Name, Annotated[str, Field(max_length=512)]] = Field(
         default_factory=dict, max_length=16, description="Your own labels; returned as they are."
     )
@@ -213,7 +213,7 @@ class GenerationRequest(BaseModel, frozen=True):
             yield "guidance.clip", "steers instead of `guidance.classifier`: give one of the two"
 
 
-class Parameters(GenerationRequest, frozen=True):
+class Parameters(GenerationRequest, frozen=True, json_schema_serialization_defaults_required=True):
     """A request with everything decided: what the worker runs and `Generation.parameters` shows.
 
     Pictures are named by the SHA-256 of what is stored instead of their bytes.
@@ -235,13 +235,17 @@ class Parameters(GenerationRequest, frozen=True):
         return self.n * self.best_of * (2 if self.guidance_scale > 1 else 1)
 
 
-class Progress(BaseModel):
+class Answer(BaseModel, json_schema_serialization_defaults_required=True):
+    """Always whole: to who reads the OpenAPI document, no field may be missing."""
+
+
+class Progress(Answer):
     step: int = Field(description="Steps done, of the picture that is furthest behind.")
     steps: int
     stage: str | None = Field(default=None, description="Of a model that draws in several: `prior`, for one.")
 
 
-class Image(BaseModel):
+class Image(Answer):
     url: str
     seed: int
     width: int
@@ -254,7 +258,7 @@ class Failure(BaseModel):
     detail: str
 
 
-class Generation(BaseModel):
+class Generation(Answer):
     """A generation as it stands now."""
 
     id: str
@@ -281,12 +285,12 @@ class GenerationFilter(BaseModel, extra="forbid"):
     """Which generations to list."""
 
     cursor: str | None = Field(None, pattern="^[0-9a-f]{32}$", description="`next_cursor` of the page before.")
-    limit: int = Field(20, ge=1, le=100)
-    status: Status | None = None
-    model: str | None = None
+    limit: int = Field(20, ge=1, le=100, description="How many at most.")
+    status: Status | None = Field(None, description="Only those.")
+    model: str | None = Field(None, description="Only those that it draws.")
 
 
-class GenerationList(BaseModel):
+class GenerationList(Answer):
     data: list[Generation]
     next_cursor: str | None = Field(None, description="Pass as `cursor` for the next page.")
 
@@ -308,7 +312,7 @@ class ModelVideo(BaseModel):
     fps: int
 
 
-class ModelLimits(BaseModel):
+class ModelLimits(Answer):
     n: int
     best_of: int = Field(1, description="More than one: candidates of which CLIP chooses.")
     num_inference_steps: int
@@ -323,7 +327,7 @@ class ModelDefaults(BaseModel):
     strength: float
 
 
-class Model(BaseModel):
+class Model(Answer):
     """What a model can do: all that a client needs to build a form. `id` to `owned_by` are for OpenAI's clients."""
 
     id: str
@@ -348,7 +352,7 @@ class Model(BaseModel):
     schedulers: list[str]
 
 
-class ModelList(BaseModel):
+class ModelList(Answer):
     object: Literal["list"] = "list"
     data: list[Model]
 

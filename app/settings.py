@@ -10,7 +10,7 @@ from pydantic import BeforeValidator, DirectoryPath, Field, ValidationError, Val
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 PREFIX = "DARKROOM_"
-FROM_THE_CLIENT_SIDE = {"DARKROOM_URL", "DARKROOM_API_KEY"}  # read by `darkroom generate`, not by the service
+FROM_THE_CLIENT_SIDE = {"DARKROOM_URL", "DARKROOM_API_KEY"}  # read by the client, not by the service
 
 
 def seconds(value: object) -> object:

@@ -515,7 +515,7 @@ def test_the_docs_are_there(http: httpx2.Client):
 
 def test_the_api_needs_no_torch():
     heavy = ("torch", "transformers", "diffusers", "numpy", "workers")
-    code = f"import sys, app.main, app.cli, app.client; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, app.main, app.cli, app.drawing; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from app.local import LocalService
+from darkroom import Darkroom
 from tests.lab import Lab, Server, until
 
 DARKROOM = [sys.executable, "-m", "app.cli"]
@@ -103,6 +104,18 @@ def test_what_the_service_refuses_is_said_in_one_line(service: LocalService, tmp
     assert done.returncode == 1
     assert "scheduler" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_ctrl_c_cancels_what_is_being_drawn(service: LocalService, tmp_path: Path):
+    command = [*DARKROOM, "generate", "a dog", "--steps", "100", "--url", service.url]
+    process = subprocess.Popen(command, cwd=tmp_path, env=path_to_us(), stderr=subprocess.PIPE, text=True)
+    with Darkroom(service.url) as client:
+        drawing = wait_for(lambda: next(client.list(status="running"), None))
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=30)
+        assert process.returncode == 130, said
+        assert client.get(drawing).status == "canceled"
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_setting_stops_every_command(tmp_path: Path):

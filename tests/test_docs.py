@@ -1,17 +1,22 @@
 """The documentation says what the code does."""
 
+import inspect
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi.routing import APIRoute
 
+import darkroom
 from app.cli import cli
 from app.fronts import a1111, fal, openai, replicate
 from app.local import LocalService
 from app.main import ROUTES
-from app.schemas import GenerationRequest, Guidance
+from app.schemas import PICTURES, GenerationRequest, Guidance, Problem
 from app.settings import Settings, as_text
 from models.catalog import CARDS, read_cards
 
@@ -64,16 +69,43 @@ def test_every_field_of_a_front_is_on_its_page():
     assert [name for name in (*fal.OURS, *fal.UNHEEDED, *fal.SHAPES) if f"`{name}`" not in FRONTS["fal"]] == []
 
 
-@pytest.mark.parametrize("page", ["openai", "replicate", "a1111"])  # fal's client speaks HTTPS only
-def test_the_code_on_a_fronts_page_runs(
-    page: str, service: LocalService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+# fal's client speaks HTTPS only
+@pytest.mark.parametrize("page", ["openai", "replicate", "a1111", "quickstart", "recipes", "client"])
+def test_the_code_on_a_page_runs(page: str, service: LocalService, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", FRONTS[page], re.S)
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    blocks = re.findall(r"^```(.*?)\n(.*?)^```$", (ROOT / "docs" / f"{page}.md").read_text(), re.S | re.M)
     assert blocks
     names: dict[str, Any] = {}
-    for block in blocks:
-        exec(block.replace("http://127.0.0.1:8000", service.url), names)
+    for language, block in blocks:
+        assert language in ("python", "sh")
+        code = block.replace("http://127.0.0.1:8000", service.url)
+        if language == "python":
+            exec(code, names)
+        else:
+            subprocess.run(["bash", "-euo", "pipefail", "-c", code], check=True)
+
+
+def test_all_of_the_client_is_on_its_page():
+    page = (ROOT / "docs" / "client.md").read_text()
+    methods = [name for name in vars(darkroom.Darkroom) if not name.startswith("_")]
+    assert sorted(re.findall(r"^\| `([a-z]+)\(", page, re.M)) == sorted(methods)
+    fields = {name for method in ("submit", "list", "save", "image") for name in signature_of(method)}
+    refused = vars(darkroom.Refused(Problem(type="", title="", status=0, detail="", errors=None)))
+    for name in (
+        *darkroom.__all__,
+        *darkroom.Event._fields,
+        "ends",
+        *darkroom.Preview._fields[1:],
+        *refused,
+        *PICTURES,
+    ):
+        assert re.search(rf"`(darkroom\.)?{name}[`(]", page), name
+    assert all(name in page for name in fields)
+
+
+def signature_of(method: str) -> list[str]:
+    return [name for name in inspect.signature(getattr(darkroom.Darkroom, method)).parameters if name != "self"]
 
 
 @pytest.mark.parametrize("command", [c.name or c.callback.__name__ for c in cli.registered_commands if c.callback])

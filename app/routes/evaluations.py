@@ -21,11 +21,15 @@ def evaluations(request: Request) -> Evaluations:
 
 
 EvaluationsDep = Annotated[Evaluations, Depends(evaluations)]
-Filename = Annotated[str, Path(pattern=r"^[a-z0-9_-]{1,80}\.(html|json|png)$")]
+Id = Annotated[str, Path(description="Of an evaluation")]
+Filename = Annotated[
+    str, Path(description="`index.html`, or a file that it names", pattern=r"^[a-z0-9_-]{1,80}\.(html|json|png)$")
+]
 
 
 @router.post(
     "",
+    operation_id="create_evaluation",
     status_code=202,
     dependencies=[Depends(json_only)],
     responses={**{code: SUBMITTED[code] for code in (400, 408, 413, 415)}, 202: {"headers": always("Location")}},
@@ -37,21 +41,22 @@ def create(body: EvaluationRequest, response: Response, evaluations: Evaluations
     return evaluation
 
 
-@router.get("/{id}", responses=MISSING)
-def show(id: str, response: Response, evaluations: EvaluationsDep, owner: Owner) -> Evaluation:
+@router.get("/{id}", operation_id="get_evaluation", responses=MISSING)
+def show(id: Id, response: Response, evaluations: EvaluationsDep, owner: Owner) -> Evaluation:
     """An evaluation as it stands: how many pictures are drawn, then scores and the sheet."""
     response.headers["Cache-Control"] = "no-store"
     return evaluations.fetch(id, owner)
 
 
-@router.delete("/{id}", responses={**MISSING, 409: problem("It has ended already")})
-def cancel(id: str, evaluations: EvaluationsDep, owner: Owner) -> Evaluation:
+@router.delete("/{id}", operation_id="cancel_evaluation", responses={**MISSING, 409: problem("It has ended already")})
+def cancel(id: Id, evaluations: EvaluationsDep, owner: Owner) -> Evaluation:
     """Cancel an evaluation, with what it still draws."""
     return evaluations.cancel(id, owner)
 
 
 @router.get(
     "/{id}/files/{name}",
+    operation_id="get_evaluation_file",
     response_class=Response,
     responses={
         200: {
@@ -63,7 +68,7 @@ def cancel(id: str, evaluations: EvaluationsDep, owner: Owner) -> Evaluation:
         **MISSING,
     },
 )
-def file(id: str, name: Filename, evaluations: EvaluationsDep, owner: Owner) -> Response:
+def file(id: Id, name: Filename, evaluations: EvaluationsDep, owner: Owner) -> Response:
     """A file of an evaluation's sheet."""
     try:
         data = evaluations.file(id, owner, name)

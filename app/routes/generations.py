@@ -76,7 +76,12 @@ SUBMITTED: Responses = {
 MISSING: Responses = {404: problem("There is none, or it is not yours")}
 CONDITIONS = {  # read by `file_response`
     "parameters": [
-        {"name": name, "in": "header", "schema": {"type": "string"}} for name in ("Range", "If-Range", "If-None-Match")
+        {"name": name, "in": "header", "schema": {"type": "string"}, "description": description}
+        for name, description in (
+            ("Range", "`bytes=0-999`: only those"),
+            ("If-Range", "The ETag of what you have a part of; if it is another file by now, all of it comes"),
+            ("If-None-Match", "The ETag of what you have: 304 if it is still that"),
+        )
     ]
 }
 
@@ -127,10 +132,18 @@ LastEventId = Annotated[
     str,
     Header(alias="Last-Event-ID", pattern="^[0-9]{1,19}-[0-9]{1,19}$", description="Where a broken stream is to go on"),
 ]
-Number = Annotated[int, Path(ge=0, le=9999)]
+Id = Annotated[str, Path(description="Of a generation")]
+Number = Annotated[int, Path(ge=0, le=9999, description="Of a picture, the first is 0")]
+Step = Annotated[int, Path(ge=0, le=9999, description="After which it looked so: an event `preview` names it")]
 
 
-@router.post("", status_code=202, dependencies=[Depends(json_only)], responses=SUBMITTED)
+@router.post(
+    "",
+    operation_id="create_generation",
+    status_code=202,
+    dependencies=[Depends(json_only)],
+    responses=SUBMITTED,
+)
 async def create(
     body: GenerationRequest,
     request: Request,
@@ -168,7 +181,7 @@ async def submitted(
     return await anyio.to_thread.run_sync(submit, limiter=threads)
 
 
-@router.get("", dependencies=[Depends(each_once)])
+@router.get("", operation_id="list_generations", dependencies=[Depends(each_once)])
 def index(
     response: Response, jobs: JobsDep, owner: Owner, wanted: Annotated[GenerationFilter, Query()]
 ) -> GenerationList:
@@ -180,20 +193,20 @@ def index(
     return page
 
 
-@router.get("/{id}", responses=MISSING)
-def show(id: str, response: Response, jobs: JobsDep, owner: Owner) -> Generation:
+@router.get("/{id}", operation_id="get_generation", responses=MISSING)
+def show(id: Id, response: Response, jobs: JobsDep, owner: Owner) -> Generation:
     """A generation as it stands."""
     response.headers["Cache-Control"] = "no-store"
     return jobs.fetch(id, owner)
 
 
-@router.delete("/{id}", responses={**MISSING, 409: problem("It has ended already")})
-def cancel(id: str, jobs: JobsDep, owner: Owner) -> Generation:
+@router.delete("/{id}", operation_id="cancel_generation", responses={**MISSING, 409: problem("It has ended already")})
+def cancel(id: Id, jobs: JobsDep, owner: Owner) -> Generation:
     """Cancel a generation, queued or running."""
     return jobs.cancel(id, owner)
 
 
-async def record(id: str, jobs: JobsDep, owner: Owner) -> Record:
+async def record(id: Id, jobs: JobsDep, owner: Owner) -> Record:
     """Raises what is to be raised before a stream has begun and can no longer say so."""
     return await run_in_threadpool(jobs.record, id, owner)
 
@@ -205,9 +218,15 @@ async def place(listeners: ListenersDep) -> AsyncIterator[None]:
         yield
 
 
-@router.get("/{id}/events", dependencies=[Depends(place)], response_class=EventSourceResponse, responses=MISSING)
+@router.get(
+    "/{id}/events",
+    operation_id="watch_generation",
+    dependencies=[Depends(place)],
+    response_class=EventSourceResponse,
+    responses=MISSING,
+)
 async def watch(
-    id: str,
+    id: Id,
     jobs: JobsDep,
     listeners: ListenersDep,
     owner: Owner,
@@ -240,11 +259,12 @@ async def ending(id: str, jobs: Jobs, owner: str, event: events.Event | None = N
 
 @router.get(
     "/{id}/images/{number}",
+    operation_id="get_image",
     response_class=Response,
     responses={**file_answers("image/*"), **MISSING},
     openapi_extra=CONDITIONS,
 )
-def image(id: str, number: Number, request: Request, jobs: JobsDep, owner: Owner) -> Response:
+def image(id: Id, number: Number, request: Request, jobs: JobsDep, owner: Owner) -> Response:
     """A picture's bytes: Range, ETag, and immutable."""
     pictures = jobs.record(id, owner).meta.get("images", [])
     if number >= len(pictures):
@@ -258,11 +278,12 @@ def image(id: str, number: Number, request: Request, jobs: JobsDep, owner: Owner
 
 @router.get(
     "/{id}/previews/{number}/{step}",
+    operation_id="get_preview",
     response_class=Response,
     responses={**file_answers("image/webp"), **MISSING},
     openapi_extra=CONDITIONS,
 )
-def preview(id: str, number: Number, step: Number, request: Request, jobs: JobsDep, owner: Owner) -> Response:
+def preview(id: Id, number: Number, step: Step, request: Request, jobs: JobsDep, owner: Owner) -> Response:
     """What a picture looked like after a step."""
     jobs.record(id, owner)
     return file_response(

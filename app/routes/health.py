@@ -11,13 +11,13 @@ NOT_READY: Responses = {503: problem("Redis or the image store does not answer",
 router = APIRouter(tags=["health"])
 
 
-@router.get("/livez", response_class=PlainTextResponse)
+@router.get("/livez", operation_id="check_liveness", response_class=PlainTextResponse)
 async def livez() -> str:
     """The process answers. It asks nobody else, threads neither: a restart would not mend Redis."""
     return "ok"
 
 
-@router.get("/readyz", response_class=PlainTextResponse, responses=NOT_READY)
+@router.get("/readyz", operation_id="check_readiness", response_class=PlainTextResponse, responses=NOT_READY)
 def readyz(jobs: JobsDep) -> str:
     """Redis and the image store answer."""
     jobs.connection.ping()
@@ -25,7 +25,7 @@ def readyz(jobs: JobsDep) -> str:
     return "ready"
 
 
-@router.get("/metrics", response_class=PlainTextResponse)
+@router.get("/metrics", operation_id="get_metrics", response_class=PlainTextResponse)
 def scrape(jobs: JobsDep) -> Response:
     """Prometheus metrics, of all processes that share this one's directory; also while Redis is away."""
     return Response(metrics.render(metrics.Waiting(jobs.waiting)), media_type="text/plain; version=0.0.4")
