@@ -12,7 +12,17 @@ from pydantic import BaseModel
 from app import errors
 from app.evaluation import Score
 from app.evaluations import Evaluation, Pictures
-from app.schemas import Generation, GenerationList, Image, ModelList, Progress
+from app.schemas import (
+    Generation,
+    GenerationList,
+    Image,
+    ModelAtWork,
+    ModelList,
+    Progress,
+    QueueStatus,
+    ServiceStatus,
+    WorkerStatus,
+)
 from models.catalog import Catalog
 
 ID = "0197a3b1c2d45e6f7a8b9c0d1e2f3a4b"
@@ -88,6 +98,18 @@ SCORED = BEGUN.model_copy(
     }
 )
 MODELS = ModelList(data=[Catalog.read(["emoji-sd"]).default.public()])
+STATUS = ServiceStatus(
+    workers=[
+        WorkerStatus(
+            name="gpu-1.4711",
+            device="NVIDIA H100 80GB HBM3",
+            uptime_seconds=86400.0,
+            stopping=False,
+            models=[ModelAtWork(name="emoji-sd", width=16, rows=11.5, running=6, rows_per_second=412.0)],
+        )
+    ],
+    queues=[QueueStatus(model="emoji-sd", priority="normal", waiting=3, oldest_seconds=0.4)],
+)
 METRICS = 'darkroom_queue_depth{queue="emoji-sd.normal"} 0.0\n'
 
 REQUESTS: dict[str, dict[str, Any]] = {
@@ -124,6 +146,7 @@ ANSWERS: dict[str, dict[str, BaseModel | str]] = {
     "create_evaluation": {"202": BEGUN},
     "get_evaluation": {"200": SCORED},
     "cancel_evaluation": {"200": BEGUN.model_copy(update={"status": "canceled"})},
+    "get_status": {"200": STATUS},
     "check_liveness": {"200": "ok"},
     "check_readiness": {"200": "ready"},
     "get_metrics": {"200": METRICS},

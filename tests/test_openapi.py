@@ -30,6 +30,7 @@ OPERATIONS = {  # clients are generated with these names: they stay
     "get_evaluation": "get /v1/evaluations/{id}",
     "cancel_evaluation": "delete /v1/evaluations/{id}",
     "get_evaluation_file": "get /v1/evaluations/{id}/files/{name}",
+    "get_status": "get /v1/status",
     "check_liveness": "get /livez",
     "check_readiness": "get /readyz",
     "get_metrics": "get /metrics",
