@@ -51,7 +51,7 @@ export function PictureWell({ id, label, picture, error, onFile, onRemove, child
       onDragOver=${(event) => (event.preventDefault(), setOver(true))} onDragLeave=${leave} onDrop=${drop}>
       ${picture
         ? html`<div class="well-picture">
-            ${children ?? html`<img src=${picture.url} alt="${label}: yours" />`}
+            ${children || html`<img src=${picture.url} alt="${label}: yours" />`}
             <div class="well-actions">
               <label class="quiet button">${choose} Another</label>
               <button type="button" class="quiet" onClick=${onRemove}>Remove</button>

@@ -1,6 +1,6 @@
 // The form: of a model and a task, only what they can do.
 
-import { html } from "./vendor/preact-htm.js";
+import { html, useState } from "./vendor/preact-htm.js";
 import { MaskEditor, PictureWell } from "./canvas.js";
 import { Icon } from "./icons.js";
 import { TASKS, defaultOf, fieldsOf, taskOf } from "./request.js";
@@ -79,6 +79,7 @@ export function Form({ models, model, draft, pictures, errors, busy, onDraft, on
     event.preventDefault();
     onSubmit();
   };
+  const [opened] = useState(!matchMedia("(max-width: 860px)").matches); // a phone shows the words and the picture
   const keys = (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) submit(event);
   };
@@ -107,15 +108,17 @@ export function Form({ models, model, draft, pictures, errors, busy, onDraft, on
         <${Slider} ...${number(`${part}_scale`)} min="0" max="2" step="0.05" />`)}
       ${fields.has("negative_prompt") && html`<${Words} ...${bind("negative_prompt")} value=${draft.negative_prompt} rows="1" placeholder="what to steer away from" />`}
 
-      ${fields.has("width") && html`<${Size} model=${model} draft=${draft} errors=${errors} onDraft=${onDraft} bind=${number} />`}
-      ${fields.has("num_inference_steps") && html`<${Slider} ...${number("num_inference_steps")} min="1" max=${model.limits.num_inference_steps} step="1" />`}
-      ${fields.has("guidance_scale") && html`<${Slider} ...${number("guidance_scale")} min="0" max=${model.limits.guidance_scale} step="0.5" />`}
-      <div class="pair">
-        ${fields.has("scheduler") && html`<${Choice} ...${number("scheduler")} options=${model.schedulers.map((name) => [name, SCHEDULERS[name] ?? name])} />`}
-        ${fields.has("n") && html`<${Numeric} ...${number("n")} min="1" max=${model.limits.n} />`}
-      </div>
-      <${Seed} ...${bind("seed")} value=${draft.seed} />
-
+      <details class="more" open=${opened}>
+        <summary>Settings</summary>
+        ${fields.has("width") && html`<${Size} model=${model} draft=${draft} errors=${errors} onDraft=${onDraft} />`}
+        ${fields.has("num_inference_steps") && html`<${Slider} ...${number("num_inference_steps")} min="1" max=${model.limits.num_inference_steps} step="1" />`}
+        ${fields.has("guidance_scale") && html`<${Slider} ...${number("guidance_scale")} min="0" max=${model.limits.guidance_scale} step="0.5" />`}
+        <div class="pair">
+          ${fields.has("scheduler") && html`<${Choice} ...${number("scheduler")} options=${model.schedulers.map((name) => [name, SCHEDULERS[name] ?? name])} />`}
+          ${fields.has("n") && html`<${Numeric} ...${number("n")} min="1" max=${model.limits.n} />`}
+        </div>
+        <${Seed} ...${bind("seed")} value=${draft.seed} />
+      </details>
       <details class="more">
         <summary>More</summary>
         ${fields.has("best_of") && html`<${Numeric} ...${number("best_of")} min="1" max=${model.limits.best_of} help="Candidates for each picture, of which CLIP keeps one." />`}
@@ -204,7 +207,7 @@ function Slider({ value, onValue, min, max, step, ...field }) {
     style=${{ "--filled": filled }} onInput=${(event) => onValue(Number(event.target.value))} />`}</${Field}>`;
 }
 
-function Size({ model, draft, errors, onDraft, bind }) {
+function Size({ model, draft, errors, onDraft }) {
   const { size } = model;
   const fit = (pixels) => Math.min(size.maximum, Math.max(size.minimum, Math.round(pixels / size.multiple_of) * size.multiple_of));
   const shaped = (across, down) => {
@@ -212,22 +215,18 @@ function Size({ model, draft, errors, onDraft, bind }) {
     return { width: fit(across * scale), height: fit(down * scale) };
   };
   const now = { width: draft.width ?? size.width, height: draft.height ?? size.height };
-  return html`<fieldset class="field size"><legend class="label">Size</legend>
+  const side = (field) => html`<input id=${idOf(field)} type="number" aria-label=${labelOf(field)} min=${size.minimum} max=${size.maximum} step=${size.multiple_of}
+    value=${now[field]} aria-invalid=${errors[field] ? "true" : null} aria-describedby=${errors[field] ? `${idOf(field)}-error` : null}
+    onChange=${(event) => onDraft({ ...draft, [field]: numberIn(event.target.value) })} />`;
+  return html`<fieldset class="field size"><legend class="unseen">Size</legend>
+    <div class="label-row"><span class="label" aria-hidden="true">Size</span>
+      <div class="sides">${side("width")}<span aria-hidden="true">×</span>${side("height")}</div></div>
     <div class="shapes">${SHAPES.map(([name, across, down]) => {
       const shape = shaped(across, down);
       const on = shape.width === now.width && shape.height === now.height;
       return html`<button key=${name} type="button" class="shape ${on ? "on" : ""}" aria-pressed=${on ? "true" : "false"} onClick=${() => onDraft({ ...draft, ...shape })}>
         <i class=${name.toLowerCase()}></i>${name}</button>`;
     })}</div>
-    <div class="sides">
-      <input id="f-width" type="number" aria-label="Width" min=${size.minimum} max=${size.maximum} step=${size.multiple_of} value=${bind("width").value}
-        aria-invalid=${errors.width ? "true" : null} aria-describedby=${errors.width ? "f-width-error" : null}
-        onChange=${(event) => bind("width").onValue(numberIn(event.target.value))} />
-      <span aria-hidden="true">×</span>
-      <input id="f-height" type="number" aria-label="Height" min=${size.minimum} max=${size.maximum} step=${size.multiple_of} value=${bind("height").value}
-        aria-invalid=${errors.height ? "true" : null} aria-describedby=${errors.height ? "f-height-error" : null}
-        onChange=${(event) => bind("height").onValue(numberIn(event.target.value))} />
-    </div>
     ${["width", "height"].map((side) => errors[side] && html`<p class="error" id="f-${side}-error">${LABELS[side]}: ${errors[side]}</p>`)}
   </fieldset>`;
 }

@@ -133,6 +133,10 @@ function App() {
   }, [selected, history.loaded]);
   const held = pinned && history.items.get(pinned.id);
 
+  const reuse = (generation, at) => {
+    change(draftOf(generation, at));
+    document.getElementById("f-prompt")?.focus();
+  };
   const start = async (generation, at, which, task) => {
     const file = await blobOf(generation.images[at].url);
     const shape = { width: which.size.width, height: which.size.height };
@@ -149,10 +153,7 @@ function App() {
     onCancel=${() => history.cancel(generation.id).catch(setProblem)}
     actions=${{
       pinned: side === "held",
-      onReuse: () => {
-        change(draftOf(generation, at));
-        document.getElementById("f-prompt")?.focus();
-      },
+      onReuse: () => reuse(generation, at),
       onUse: editor && !isVideo(generation) && (() => start(generation, at, editor, editor.tasks.includes("inpaint") ? "inpaint" : "image-to-image").catch(setProblem)),
       onVary: variation && !isVideo(generation) && (() => start(generation, at, variation, "variation").catch(setProblem)),
       onPin: () => setPinned(side === "held" ? null : { id: generation.id, index: at }),
@@ -178,7 +179,8 @@ function App() {
           ${shown && (!held || shown.id !== held.id || index !== pinned.index)
             ? stageOf(shown, index, "shown")
             : held
-              ? html`<div class="print empty-side"><p>Choose another picture in the gallery, or draw one with other settings.</p></div>`
+              ? html`<div class="print empty-side"><p>Choose another picture in the gallery, or</p>
+                  <button type="button" onClick=${() => reuse(held, pinned.index)}>change one of its settings</button></div>`
               : html`<${Empty} loaded=${history.loaded} model=${model} onExample=${(prompt) => (change({ ...draft, prompt }), document.getElementById("f-prompt")?.focus())} />`}
         </div>
         ${held && shown && (shown.id !== held.id || index !== pinned.index) && html`<${Differences} left=${{ generation: held, index: pinned.index }} right=${{ generation: shown, index }} />`}
