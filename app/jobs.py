@@ -37,10 +37,13 @@ from app.schemas import (
     GenerationList,
     GenerationRequest,
     Image,
+    ModelStatus,
     Parameters,
     Priority,
     Progress,
+    ServiceStatus,
     Status,
+    WorkerStatus,
     merged,
 )
 from app.settings import Settings
@@ -52,6 +55,7 @@ log = structlog.get_logger()
 PRIORITIES: tuple[Priority, ...] = get_args(Priority)
 BELL = "darkroom:bell"  # rung when there is something to pick up or to drop, so that workers need not look
 IDEMPOTENCY_TTL = timedelta(days=1)
+MOST_RUNNING = 500  # of a queue, that `status` looks at
 LISTED_FOR = timedelta(days=7)  # the longest that a generation may wait, `expires_in`
 FIELDS = ("status", "data", "meta", "created_at", "started_at", "ended_at", "attempts")
 
@@ -95,6 +99,10 @@ class Pace(NamedTuple):
     until: float  # seconds since the epoch; a worker that says nothing more is not counted on
     rows_per_second: float  # through the denoiser, at its batch width
     rows_per_job: float  # rows × steps, of the jobs it saw lately
+
+    @property
+    def alive(self) -> bool:
+        return self.until > time.time()
 
 
 T = TypeVar("T")
@@ -416,6 +424,41 @@ class Jobs:
         heads = zip(names, answers[::2], answers[1::2], strict=True)
         return {name: (n, max(0.0, time.time() - age_of(head.decode())) if head else 0.0) for name, n, head in heads}
 
+    def status(self) -> ServiceStatus:
+        """Workers by their word of the last seconds, queues as they are: two round trips."""
+        waiting, names = self.waiting(), self.catalog.names
+        with self.connection.pipeline(transaction=False) as pipe:
+            for model in names:
+                pipe.hgetall(pace_key(model))
+                for priority in PRIORITIES:
+                    pipe.zrange(StartedJobRegistry(queue_name(model, priority), self.connection).key, 0, MOST_RUNNING)
+            answers = pipe.execute()
+        each = 1 + len(PRIORITIES)
+        workers: dict[str, dict[str, float]] = {}
+        models: list[ModelStatus] = []
+        for i, model in enumerate(names):
+            paces, *leases = answers[i * each : (i + 1) * each]
+            alive = {name.decode(): pace for name, text in paces.items() if (pace := Pace(*json.loads(text))).alive}
+            for name, pace in alive.items():
+                workers.setdefault(name, {})[model] = round(pace.rows_per_second, 1)
+            ids = {lease.decode().partition(":")[0] for queue in leases for lease in queue}
+            running = [record for record in read_records(self.connection, [*ids]) if record] if ids else []
+            queues = [waiting[queue_name(model, priority)] for priority in PRIORITIES]
+            models.append(
+                ModelStatus(
+                    name=model,
+                    waiting={priority: waiting[queue_name(model, priority)][0] for priority in PRIORITIES},
+                    oldest=round(max(age for _, age in queues), 1),
+                    running=len(running),
+                    rows=sum(record.parameters.rows for record in running),
+                    rows_per_second=round(sum(pace.rows_per_second for pace in alive.values()), 1),
+                    eta=seconds_for(sum(count for count, _ in queues), [*paces.values()]),
+                )
+            )
+        return ServiceStatus(
+            workers=[WorkerStatus(name=name, models=warm) for name, warm in sorted(workers.items())], models=models
+        )
+
 
 class Token(NamedTuple):
     """An idempotency key of one caller and what it was first used for."""
@@ -584,7 +627,7 @@ def row_steps(parameters: Parameters) -> float:
 
 def seconds_for(ahead: int, paces: list[bytes], own: float = 0.0) -> float | None:
     """Seconds until `ahead` average jobs and `own` rows are through, at the pace of all workers that are alive."""
-    alive = [pace for pace in (Pace(*json.loads(text)) for text in paces) if pace.until > time.time()]
+    alive = [pace for pace in (Pace(*json.loads(text)) for text in paces) if pace.alive]
     speed = sum(pace.rows_per_second for pace in alive)
     if not speed:
         return None

@@ -353,6 +353,28 @@ class ModelList(BaseModel):
     data: list[Model]
 
 
+class WorkerStatus(BaseModel):
+    name: str
+    models: dict[str, float] = Field(description="In memory, with the rows a second that each one's denoiser does.")
+
+
+class ModelStatus(BaseModel):
+    name: str
+    waiting: dict[Priority, int]
+    oldest: float = Field(description="Seconds that the one which waits longest has waited.")
+    running: int
+    rows: int = Field(description="That the running ones want of each pass of the denoiser.")
+    rows_per_second: float = Field(description="Of all workers that have it in memory.")
+    eta: float | None = Field(None, description="Seconds until all that waits is through, as measured.")
+
+
+class ServiceStatus(BaseModel):
+    """Who draws, and what is to be drawn, of all callers together."""
+
+    workers: list[WorkerStatus]
+    models: list[ModelStatus]
+
+
 class FieldError(BaseModel):
     field: str = Field(description="As you sent it; below `metadata`, `metadata.name`.")
     detail: str

@@ -498,8 +498,32 @@ def test_a_phone_is_wide_enough(context: BrowserContext):
     assert page.evaluate("document.documentElement.scrollWidth") == 360
 
 
+def test_the_status_page_shows_who_draws_and_what_waits(context: BrowserContext, http: httpx2.Client):
+    page = context.new_page()
+    page.goto("/status")
+    expect(page.get_by_role("row", name=re.compile("emoji-sd"))).to_be_visible()
+    slow = {"prompt": "a dog", "num_inference_steps": 100, "n": 4}
+    ids = [http.post("/v1/generations", json=slow | {"priority": p}).json()["id"] for p in ("low", "high", "low")]
+    card = page.locator(".card", has_text="emoji-sd")
+    expect(card.locator("div", has=page.get_by_text("Being drawn"))).to_contain_text(re.compile("[1-9]"))
+    expect(card).to_contain_text(re.compile(r"high, normal and low priority[01] · 0 · [12]"))
+    assert violations(page) == []
+    shown = http.get("/v1/status").json()
+    for id in ids:
+        http.delete(f"/v1/generations/{id}")
+    (worker,) = shown["workers"]
+    assert worker["models"]["emoji-sd"] > 0
+    drawing = next(model for model in shown["models"] if model["name"] == "emoji-sd")
+    assert drawing["rows"] == 8 * drawing["running"]  # four pictures, guided
+    assert drawing["running"] + sum(drawing["waiting"].values()) == 3
+    assert drawing["eta"] > 0
+    expect(card).not_to_contain_text("priority")
+    page.set_viewport_size({"width": 360, "height": 740})
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+
+
 def test_everything_that_the_page_is_made_of_is_served_safely(http: httpx2.Client, keyed: str):
-    for name in ("", *(f"page/{name}" for name in FILES)):
+    for name in ("", "status", *(f"page/{name}" for name in FILES)):
         answer = http.get(f"/{name}")
         assert answer.status_code == 200
         assert answer.headers["X-Content-Type-Options"] == "nosniff"

@@ -38,6 +38,12 @@ def playground(request: Request) -> Response:
     return page_file(request, "index.html")
 
 
+@router.get("/status")
+def status(request: Request) -> Response:
+    """Workers and queues, live."""
+    return page_file(request, "status.html")
+
+
 @router.get("/page/{name:path}")
 def file(name: str, request: Request) -> Response:
     """What the page is made of."""

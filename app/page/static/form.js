@@ -3,7 +3,7 @@
 import { html, useState } from "./vendor/preact-htm.js";
 import { MaskEditor, PictureWell } from "./canvas.js";
 import { Icon } from "./icons.js";
-import { TASKS, defaultOf, fieldsOf, taskOf } from "./request.js";
+import { TASKS, defaultOf, fieldsOf, movedTo, taskOf } from "./request.js";
 
 const SCHEDULERS = {
   dpmpp_2m: "DPM++ 2M",
@@ -86,7 +86,8 @@ export function Form({ models, model, draft, pictures, errors, busy, onDraft, on
 
   return html`<form class="form" noValidate onSubmit=${submit} onKeyDown=${keys} aria-label="What to draw">
     <div class="fields">
-      <${ModelPicker} models=${models} model=${model} error=${errors.model} onValue=${set("model")} />
+      <${ModelPicker} models=${models} model=${model} error=${errors.model}
+        onValue=${(name) => onDraft(movedTo(models.find((one) => one.name === name), draft))} />
       ${model.tasks.length > 1 && html`<${Tasks} tasks=${model.tasks} task=${task} error=${errors.task} onValue=${set("task")} />`}
 
       ${fields.has("image") && fields.has("end_image")
@@ -98,7 +99,7 @@ export function Form({ models, model, draft, pictures, errors, busy, onDraft, on
             </${PictureWell}>
             ${fields.has("mask") && !pictures.image && errors.mask && html`<p class="error" id="f-mask">${errors.mask}</p>`}`}
             ${fields.has("prompt") && (model.classes.length
-              ? html`<${Choice} ...${bind("prompt")} label="What to draw" value=${draft.prompt || ""} placeholder="Choose one of ${model.classes.length}"
+              ? html`<${Choice} ...${bind("prompt")} label="What to draw" value=${model.classes.includes(draft.prompt) ? draft.prompt : ""} placeholder="Choose one of ${model.classes.length}"
                   options=${model.classes.map((name) => [name, name])} />`
               : html`<${Words} ...${bind("prompt")} value=${draft.prompt} rows="3" placeholder="a red apple on a blue background" />`)}`}
       ${fields.has("mix") && html`<${Slider} ...${number("mix")} min="0" max="1" step="0.05" help="Where between the two: 0 is the first." />`}

@@ -2,6 +2,7 @@
 
 import { html, render, useCallback, useEffect, useMemo, useReducer, useRef, useState } from "./vendor/preact-htm.js";
 import { apiKey, blobOf, hasEnded, json, newKey, setApiKey } from "./api.js";
+import { Bar, KeyBox } from "./bar.js";
 import { pictureIn, readPicture } from "./canvas.js";
 import { Differences } from "./compare.js";
 import { Form, idOf, labelOf } from "./form.js";
@@ -9,7 +10,7 @@ import { Gallery } from "./gallery.js";
 import { History } from "./history.js";
 import { Icon } from "./icons.js";
 import { EMPTY, TASKS, draftOf, requestOf, taskOf } from "./request.js";
-import { Dialog, Stage, standing } from "./stage.js";
+import { Stage, standing } from "./stage.js";
 import { recall, remember } from "./storage.js";
 
 const EXAMPLES = [
@@ -160,7 +161,7 @@ function App() {
     }} />`;
 
   return html`
-    <${Bar} asks=${() => setAsksKey(true)} />
+    <${Bar} here="/" onKey=${() => setAsksKey(true)} />
     <${Announcer} generation=${shown} live=${shown && history.live.get(shown.id)} problem=${problem} />
     <main class="room">
       <div class="bench">
@@ -210,23 +211,6 @@ function taskThatTakes(model, draft) {
   const takes = (task) => [...TASKS[task].needs, ...TASKS[task].may].includes("image");
   const now = taskOf(model, draft);
   return takes(now) ? now : model.tasks.find(takes);
-}
-
-function Bar({ asks }) {
-  const [theme, setTheme] = useState(recall("theme"));
-  const dark = theme ? theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
-  const toggle = () => {
-    const next = dark ? "light" : "dark";
-    document.documentElement.dataset.theme = next;
-    remember("theme", next);
-    setTheme(next);
-  };
-  return html`<header class="bar">
-    <a class="brand" href="/"><span class="lamp" aria-hidden="true"></span>Darkroom</a>
-    <nav aria-label="Service"><a href="/docs">API</a></nav>
-    <button type="button" class="bare" aria-label="API key" title="API key" onClick=${asks}><${Icon} name="key" /></button>
-    <button type="button" class="bare" aria-label=${dark ? "Light theme" : "Dark theme"} title=${dark ? "Light theme" : "Dark theme"} onClick=${toggle}><${Icon} name=${dark ? "sun" : "moon"} /></button>
-  </header>`;
 }
 
 /** For screen readers: where the picture stands, but not every step of it. */
@@ -284,24 +268,6 @@ function Trouble({ problem, canRetry, onRetry, onClose, onKey }) {
 function titleOf({ status, errors }) {
   if (errors.length) return errors.length > 1 ? `${errors.length} things to put right` : "One thing to put right";
   return { 0: "No answer", 401: "This service wants an API key", 413: "That is too large", 429: "Too many at once", 503: "Not just now" }[status] ?? "That did not work";
-}
-
-function KeyBox({ wrong, onKey, onClose }) {
-  const input = useRef(null);
-  const save = (event) => {
-    event.preventDefault();
-    onKey(input.current.value);
-    event.target.closest("dialog").close();
-  };
-  return html`<${Dialog} label="API key" onClose=${onClose}>
-    <form onSubmit=${save}>
-      <p class="help">Kept in this browser, and sent to this service only. Empty where the service has no keys.</p>
-      <label class="label" for="key">Key</label>
-      <input id="key" ref=${input} type="password" autocomplete="off" spellcheck="false" value=${apiKey()} aria-invalid=${wrong ? "true" : null} aria-describedby=${wrong ? "key-error" : null} />
-      ${wrong && html`<p class="error" id="key-error">${wrong}</p>`}
-      <button class="primary">Save</button>
-    </form>
-  </${Dialog}>`;
 }
 
 function Empty({ loaded, model, onExample }) {

@@ -67,6 +67,23 @@ export function defaultOf(model, task, field) {
   return known[field] ?? UNSET[field] ?? null;
 }
 
+/** The draft for another model: what that one cannot do falls back to its defaults. */
+export function movedTo(model, draft) {
+  const { size, limits, schedulers } = model;
+  const fits = {
+    width: (pixels) => pixels >= size.minimum && pixels <= size.maximum && pixels % size.multiple_of === 0,
+    height: (pixels) => fits.width(pixels),
+    num_inference_steps: (steps) => steps <= limits.num_inference_steps,
+    guidance_scale: (scale) => scale <= limits.guidance_scale,
+    scheduler: (name) => schedulers.includes(name),
+    n: (count) => count <= limits.n,
+    best_of: (count) => count <= limits.best_of,
+    output_format: (format) => (format === "mp4") === Boolean(model.video),
+  };
+  const kept = Object.entries(draft).map(([field, value]) => [field, value === null || (fits[field]?.(value) ?? true) ? value : null]);
+  return { ...Object.fromEntries(kept), model: model.name };
+}
+
 /** The body of `POST /v1/generations`. */
 export function requestOf(model, draft, pictures) {
   const task = taskOf(model, draft);
@@ -81,6 +98,8 @@ export function requestOf(model, draft, pictures) {
     } else if (field === "loras") {
       const loras = Object.entries(draft.loras).filter(([name, scale]) => scale && model.loras.includes(name));
       if (loras.length) body.loras = loras.map(([name, scale]) => ({ name, scale }));
+    } else if (field === "prompt" && model.classes.length && !model.classes.includes(draft.prompt)) {
+      continue; // words that another model was told
     } else if (![null, undefined, "", defaultOf(model, task, field)].includes(draft[field])) {
       body[field] = draft[field];
     }

@@ -1,7 +1,8 @@
 // One generation, large: while it is drawn, and what came of it.
 
-import { html, useEffect, useRef, useState } from "./vendor/preact-htm.js";
+import { html, useState } from "./vendor/preact-htm.js";
 import { apiKey, hasEnded } from "./api.js";
+import { Dialog } from "./bar.js";
 import { KINDS, code, toClipboard } from "./copy.js";
 import { labelOf } from "./form.js";
 import { Icon } from "./icons.js";
@@ -93,19 +94,6 @@ function Actions({ generation, index, model, pinned, onReuse, onUse, onVary, onP
     <button type="button" aria-haspopup="dialog" onClick=${() => setShowsCode(true)}><${Icon} name="code" />Copy as…</button>
     ${showsCode && html`<${CodeDialog} generation=${generation} model=${model} onClose=${() => setShowsCode(false)} />`}
   </div>`;
-}
-
-export function Dialog({ label, onClose, children }) {
-  const dialog = useRef(null);
-  useEffect(() => {
-    dialog.current.showModal();
-  }, []);
-  const outside = (event) => event.target === dialog.current && dialog.current.close();
-  return html`<dialog ref=${dialog} aria-label=${label} onClose=${onClose} onClick=${outside}>
-    <div class="dialog">
-      <header><h2>${label}</h2><button type="button" class="bare" aria-label="Close" onClick=${() => dialog.current.close()}><${Icon} name="close" /></button></header>
-      ${children}
-    </div></dialog>`;
 }
 
 function CodeDialog({ generation, model, onClose }) {
