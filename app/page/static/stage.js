@@ -90,7 +90,7 @@ function Actions({ generation, index, model, pinned, onReuse, onUse, onVary, onP
     ${onVary && html`<button type="button" onClick=${onVary}><${Icon} name="spark" />Vary</button>`}
     ${onUse && html`<button type="button" onClick=${onUse}><${Icon} name="brush" />Edit</button>`}
     <button type="button" aria-pressed=${pinned ? "true" : "false"} onClick=${onPin}><${Icon} name="compare" />${pinned ? "Stop comparing" : "Compare"}</button>
-    <a class="button" href=${source} download="darkroom-${image.seed}.${generation.parameters.output_format}"><${Icon} name="download" />Download</a>
+    <a class="button" href=${source} download="${generation.id}-${index}.${generation.parameters.output_format}"><${Icon} name="download" />Download</a>
     <button type="button" aria-haspopup="dialog" onClick=${() => setShowsCode(true)}><${Icon} name="code" />Copy as…</button>
     ${showsCode && html`<${CodeDialog} generation=${generation} model=${model} onClose=${() => setShowsCode(false)} />`}
   </div>`;
