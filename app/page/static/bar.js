@@ -18,8 +18,10 @@ export function Bar({ here, onKey }) {
   return html`<header class="bar">
     <a class="brand" href="/"><span class="lamp" aria-hidden="true"></span>Darkroom</a>
     <nav aria-label="Service">${link("/status", "Status")}${link("/docs", "API")}</nav>
-    <button type="button" class="bare" aria-label="API key" title="API key" onClick=${onKey}><${Icon} name="key" /></button>
-    <button type="button" class="bare" aria-label=${dark ? "Light theme" : "Dark theme"} title=${dark ? "Light theme" : "Dark theme"} onClick=${toggle}><${Icon} name=${dark ? "sun" : "moon"} /></button>
+    <button type="button" class="bare" aria-label="API key" title="API key" onClick=${onKey}><${Icon} name="key" />
+      </button>
+    <button type="button" class="bare" aria-label=${dark ? "Light theme" : "Dark theme"}
+      title=${dark ? "Light theme" : "Dark theme"} onClick=${toggle}><${Icon} name=${dark ? "sun" : "moon"} /></button>
   </header>`;
 }
 
@@ -31,7 +33,8 @@ export function Dialog({ label, onClose, children }) {
   const outside = (event) => event.target === dialog.current && dialog.current.close();
   return html`<dialog ref=${dialog} aria-label=${label} onClose=${onClose} onClick=${outside}>
     <div class="dialog">
-      <header><h2>${label}</h2><button type="button" class="bare" aria-label="Close" onClick=${() => dialog.current.close()}><${Icon} name="close" /></button></header>
+      <header><h2>${label}</h2><button type="button" class="bare" aria-label="Close"
+        onClick=${() => dialog.current.close()}><${Icon} name="close" /></button></header>
       ${children}
     </div></dialog>`;
 }
@@ -47,7 +50,8 @@ export function KeyBox({ wrong, onKey, onClose }) {
     <form onSubmit=${save}>
       <p class="help">Kept in this browser, and sent to this service only. Empty where the service has no keys.</p>
       <label class="label" for="key">Key</label>
-      <input id="key" ref=${input} type="password" autocomplete="off" spellcheck="false" value=${apiKey()} aria-invalid=${wrong ? "true" : null} aria-describedby=${wrong ? "key-error" : null} />
+      <input id="key" ref=${input} type="password" autocomplete="off" spellcheck="false" value=${apiKey()}
+        aria-invalid=${wrong ? "true" : null} aria-describedby=${wrong ? "key-error" : null} />
       ${wrong && html`<p class="error" id="key-error">${wrong}</p>`}
       <button class="primary">Save</button>
     </form>

@@ -131,14 +131,16 @@ export function MaskEditor({ picture, error, onMask }) {
     <div class="mask-picture">
       <img src=${picture.url} alt="" draggable=${false} />
       <canvas ref=${canvas} id="f-mask" width=${picture.width} height=${picture.height} tabindex="0" role="application"
-        aria-label="Mask: paint what is to be drawn anew" aria-describedby=${error ? "mask-help f-mask-error" : "mask-help"}
+        aria-label="Mask: paint what is to be drawn anew"
+          aria-describedby=${error ? "mask-help f-mask-error" : "mask-help"}
         onPointerDown=${begin} onPointerMove=${go} onPointerUp=${end} onPointerCancel=${end} onKeyDown=${press}
         onFocus=${() => painting.current || setAt({ x: picture.width / 2, y: picture.height / 2 })}
         onBlur=${() => setAt(null)}></canvas>
     </div>
     <div class="mask-tools">
       <label class="brush">Brush
-        <input type="range" min="4" max="60" step="2" value=${size} onInput=${(event) => setSize(Number(event.target.value))} />
+        <input type="range" min="4" max="60" step="2" value=${size}
+          onInput=${(event) => setSize(Number(event.target.value))} />
       </label>
       <button type="button" class="quiet" disabled=${!strokes.length} onClick=${undo}>Undo</button>
       <button type="button" class="quiet" disabled=${!strokes.length} onClick=${() => setStrokes([])}>Clear</button>

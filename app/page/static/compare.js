@@ -3,11 +3,13 @@
 import { html } from "./vendor/preact-htm.js";
 import { facts } from "./stage.js";
 
+const drawnIn = ({ timings }) => (timings.running ? [["running", "Drawn in", `${timings.running.toFixed(1)} s`]] : []);
+
 export function Differences({ left, right }) {
   const sides = [left, right].map(({ generation, index }) => [
     ["prompt", "Prompt", generation.parameters.prompt],
     ...facts(generation, index),
-    ...(generation.timings.running === undefined ? [] : [["running", "Drawn in", `${generation.timings.running.toFixed(1)} s`]]),
+    ...drawnIn(generation),
   ]);
   const labels = new Map(sides.flat().map(([field, label]) => [field, label]));
   const [a, b] = sides.map((side) => new Map(side.map(([field, , text]) => [field, text])));
@@ -16,6 +18,7 @@ export function Differences({ left, right }) {
   return html`<table class="differences">
     <caption>What is different</caption>
     <thead><tr><th scope="col">Setting</th><th scope="col">Left</th><th scope="col">Right</th></tr></thead>
-    <tbody>${different.map(([field, label]) => html`<tr key=${field}><th scope="row">${label}</th><td>${a.get(field) ?? "unset"}</td><td>${b.get(field) ?? "unset"}</td></tr>`)}</tbody>
+    <tbody>${different.map(([field, label]) => html`<tr key=${field}><th scope="row">${label}</th><td>
+      ${a.get(field) ?? "unset"}</td><td>${b.get(field) ?? "unset"}</td></tr>`)}</tbody>
   </table>`;
 }

@@ -8,7 +8,7 @@ const indented = (text, by) => text.replaceAll("\n", `\n${" ".repeat(by)}`);
 
 export function code(kind, generation, model, { origin, keyed }) {
   const { body, pictures } = repeated(generation.parameters, model);
-  return { curl, python, openai }[kind]({ body, pictures, origin, keyed, task: generation.parameters.task, generation });
+  return { curl, python, openai }[kind]({ body, pictures, origin, keyed, parameters: generation.parameters });
 }
 
 const quoted = (text) => `'${text.replaceAll("'", `'\\''`)}'`;
@@ -30,13 +30,13 @@ function curl({ body, pictures, origin, keyed }) {
 /** A value as Python writes it. JSON's strings are Python's. */
 function literal(value, depth = 0) {
   const pad = "    ".repeat(depth + 1);
-  const lines = (open, inner, close) => (inner.length ? `${open}\n${inner.map((it) => `${pad}${it},\n`).join("")}${pad.slice(4)}${close}` : open + close);
   if (value === null) return "None";
   if (typeof value === "boolean") return value ? "True" : "False";
   if (Array.isArray(value)) return `[${value.map((it) => literal(it, depth + 1)).join(", ")}]`;
   if (value instanceof Code) return value.text;
   if (typeof value === "object") {
-    return lines("{", Object.entries(value).map(([name, it]) => `${JSON.stringify(name)}: ${literal(it, depth + 1)}`), "}");
+    const entries = Object.entries(value).map(([name, it]) => `${pad}${JSON.stringify(name)}: ${literal(it, depth + 1)},\n`);
+    return `{\n${entries.join("")}${pad.slice(4)}}`;
   }
   return JSON.stringify(value);
 }
@@ -51,8 +51,9 @@ const suffix = (body) => body.output_format ?? "png";
 
 function python({ body, pictures, origin, keyed }) {
   const files = Object.fromEntries(pictures.map((field) => [field, new Code(`picture("${field}.png")`)]));
+  const modules = [pictures.length && "base64", "json", keyed && "os", "urllib.request"].filter(Boolean);
   return [
-    `import ${[...(pictures.length ? ["base64"] : []), "json", ...(keyed ? ["os"] : []), "urllib.request"].join("\nimport ")}`,
+    ...modules.map((name) => `import ${name}`),
     "",
     `SERVICE = ${JSON.stringify(origin)}`,
     `HEADERS = {"Content-Type": "application/json", "Prefer": "wait=60"}`,
@@ -65,7 +66,13 @@ function python({ body, pictures, origin, keyed }) {
     "",
     "",
     ...(pictures.length
-      ? ["def picture(path):", `    with open(path, "rb") as file:`, "        return base64.b64encode(file.read()).decode()", "", ""]
+      ? [
+          "def picture(path):",
+          `    with open(path, "rb") as file:`,
+          "        return base64.b64encode(file.read()).decode()",
+          "",
+          "",
+        ]
       : []),
     `generation = json.loads(ask("/v1/generations", ${literal({ ...body, ...files })}))`,
     `for number, image in enumerate(generation["images"]):`,
@@ -82,12 +89,12 @@ const BY_OPENAI = {
   variation: "create_variation",
 };
 
-function openai({ body, origin, keyed, task, pictures, generation }) {
+function openai({ body, origin, keyed, pictures, parameters }) {
+  const { task } = parameters;
   const method = BY_OPENAI[task];
   const foreign = pictures.some((field) => !["image", "mask"].includes(field));
   if (!method || foreign) return `# OpenAI's API has no word for this (${task}): take curl or Python.\n`;
   const { model, prompt, n, width, height, metadata, task: _, ...extra } = body;
-  const { parameters } = generation;
   const given = { model, ...(method === "create_variation" ? {} : { prompt }), ...(n ? { n } : {}) };
   given.size = `${parameters.width}x${parameters.height}`;
   for (const field of pictures) given[field] = new Code(`open("${field}.png", "rb")`);

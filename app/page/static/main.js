@@ -1,6 +1,6 @@
 // The page: what is typed, what is looked at, and how the two meet.
 
-import { html, render, useCallback, useEffect, useMemo, useReducer, useRef, useState } from "./vendor/preact-htm.js";
+import { html, render, useCallback, useEffect, useReducer, useRef, useState } from "./vendor/preact-htm.js";
 import { apiKey, blobOf, hasEnded, json, newKey, setApiKey } from "./api.js";
 import { Bar, KeyBox } from "./bar.js";
 import { pictureIn, readPicture } from "./canvas.js";
@@ -59,7 +59,7 @@ function App() {
   }, [history.problem]);
 
   const model = models && (models.find(({ name }) => name === draft.model) ?? models[0]);
-  const errors = useMemo(() => Object.fromEntries((problem?.errors ?? []).map(({ field, detail }) => [field, detail])), [problem]);
+  const errors = Object.fromEntries((problem?.errors ?? []).map(({ field, detail }) => [field, detail]));
 
   const select = useCallback((place) => {
     setSelected(place);
@@ -104,7 +104,8 @@ function App() {
       if (wanted && wanted !== taskOf(model, draft)) change({ ...draft, task: wanted });
       put(field ?? (pictures.image && wanted === "interpolate" ? "end_image" : "image"), picture);
     } catch {
-      setProblem({ detail: "That is no picture which this browser can read.", errors: [{ field: field ?? "image", detail: "no picture" }] });
+      const error = { field: field ?? "image", detail: "not a picture that this browser can read" };
+      setProblem({ detail: error.detail, errors: [error] });
     }
     return undefined;
   };
@@ -130,7 +131,8 @@ function App() {
   const shown = (selected && history.items.get(selected.id)) ?? (selected ? null : newest[0]);
   const index = selected && shown ? Math.min(selected.index, Math.max(0, shown.images.length - 1)) : 0;
   useEffect(() => {
-    if (selected && history.loaded && !history.items.has(selected.id)) history.fetch(selected.id).catch(() => select(null));
+    if (!selected || !history.loaded || history.items.has(selected.id)) return;
+    history.fetch(selected.id).catch(() => select(null)); // an older one, by its link; or one that has gone
   }, [selected, history.loaded]);
   const held = pinned && history.items.get(pinned.id);
 
@@ -139,24 +141,31 @@ function App() {
     document.getElementById("f-prompt")?.focus();
   };
   const start = async (generation, at, which, task) => {
-    const file = await blobOf(generation.images[at].url);
-    const shape = { width: which.size.width, height: which.size.height };
-    const picture = await readPicture(file, shape);
-    change({ ...draftOf(generation, at), model: which.name, task, seed: null, width: null, height: null, num_inference_steps: null, guidance_scale: null, scheduler: null, strength: null });
-    setPictures({ image: picture });
+    let picture;
+    try {
+      picture = await readPicture(await blobOf(generation.images[at].url), which.size);
+    } catch (failure) {
+      return setProblem(failure);
+    }
+    const { prompt, negative_prompt } = draftOf(generation, at);
+    change({ ...EMPTY, prompt, negative_prompt, model: which.name, task });
+    return setPictures({ image: picture });
   };
   const variation = models?.find(({ tasks }) => tasks.includes("variation"));
-  const editor = models && ([model, ...models].find(({ tasks }) => tasks.includes("inpaint")) ?? models.find(({ tasks }) => tasks.includes("image-to-image")));
+  const [editor, edit] = ["inpaint", "image-to-image"]
+    .map((task) => [model && [model, ...models].find(({ tasks }) => tasks.includes(task)), task])
+    .find(([found]) => found) ?? [];
 
-  const stageOf = (generation, at, side) => html`<${Stage} key=${side} generation=${generation} live=${history.live.get(generation.id)} index=${at}
+  const stageOf = (generation, at, side) => html`<${Stage} key=${side} generation=${generation}
+    live=${history.live.get(generation.id)} index=${at}
     model=${models?.find(({ name }) => name === generation.model)}
     onIndex=${(i) => (side === "held" ? setPinned({ ...pinned, index: i }) : select({ id: generation.id, index: i }))}
     onCancel=${() => history.cancel(generation.id).catch(setProblem)}
     actions=${{
       pinned: side === "held",
       onReuse: () => reuse(generation, at),
-      onUse: editor && !isVideo(generation) && (() => start(generation, at, editor, editor.tasks.includes("inpaint") ? "inpaint" : "image-to-image").catch(setProblem)),
-      onVary: variation && !isVideo(generation) && (() => start(generation, at, variation, "variation").catch(setProblem)),
+      onUse: editor && !isVideo(generation) && (() => start(generation, at, editor, edit)),
+      onVary: variation && !isVideo(generation) && (() => start(generation, at, variation, "variation")),
       onPin: () => setPinned(side === "held" ? null : { id: generation.id, index: at }),
     }} />`;
 
@@ -165,33 +174,41 @@ function App() {
     <${Announcer} generation=${shown} live=${shown && history.live.get(shown.id)} problem=${problem} />
     <main class="room">
       <div class="bench">
-        ${problem && html`<${Trouble} problem=${problem} canRetry=${Boolean(attempt.current)} onRetry=${() => (attempt.current ? submit({ again: true }) : loadModels())}
+        ${problem && html`<${Trouble} problem=${problem} canRetry=${Boolean(attempt.current)}
+          onRetry=${() => (attempt.current ? submit({ again: true }) : loadModels())}
           onClose=${() => ((attempt.current = null), setProblem(null))} onKey=${() => setAsksKey(true)} />`}
         ${model
-          ? html`<${Form} models=${models} model=${model} draft=${draft} pictures=${pictures} errors=${errors} busy=${sending}
+          ? html`<${Form} models=${models} model=${model} draft=${draft} pictures=${pictures} errors=${errors}
+            busy=${sending}
               onDraft=${change} onPicture=${put} onFile=${take} onSubmit=${() => submit()} />`
           : html`<div class="form loading" aria-hidden="true"></div>`}
       </div>
       <div class="wall">
         <h1 class="unseen">Darkroom playground</h1>
-        ${history.problem && history.problem.status !== 401 && html`<p class="away" role="status">The service does not answer. What was accepted is kept; this page goes on when it is back.</p>`}
+        ${history.problem && history.problem.status !== 401 && html`<p class="away"
+          role="status">The service does not answer. What was accepted is kept; this page goes on when it is back.</p>`}
         <div id="stage" class="stage ${held ? "two" : ""}">
           ${held && stageOf(held, pinned.index, "held")}
           ${shown && (!held || shown.id !== held.id || index !== pinned.index)
             ? stageOf(shown, index, "shown")
             : held
               ? html`<div class="print empty-side"><p>Choose another picture in the gallery, or</p>
-                  <button type="button" onClick=${() => reuse(held, pinned.index)}>change one of its settings</button></div>`
-              : html`<${Empty} loaded=${history.loaded} model=${model} onExample=${(prompt) => (change({ ...draft, prompt }), document.getElementById("f-prompt")?.focus())} />`}
+                  <button type="button" onClick=${() => reuse(held, pinned.index)}>change one of its settings</button>
+                    </div>`
+              : html`<${Empty} loaded=${history.loaded} model=${model}
+                onExample=${(prompt) => (change({ ...draft, prompt }), document.getElementById("f-prompt")?.focus())} />`}
         </div>
-        ${held && shown && (shown.id !== held.id || index !== pinned.index) && html`<${Differences} left=${{ generation: held, index: pinned.index }} right=${{ generation: shown, index }} />`}
-        <${Gallery} history=${history} selected=${shown && { id: shown.id, index }} pinned=${held && pinned} onSelect=${(place) => {
+        ${held && shown && (shown.id !== held.id || index !== pinned.index) && html`<${Differences}
+          left=${{ generation: held, index: pinned.index }} right=${{ generation: shown, index }} />`}
+        <${Gallery} history=${history} selected=${shown && { id: shown.id, index }} pinned=${held && pinned}
+          onSelect=${(place) => {
           select(place);
           document.getElementById("stage").scrollIntoView({ block: "nearest", behavior: calm() ? "auto" : "smooth" });
         }} />
       </div>
     </main>
-    ${asksKey && html`<${KeyBox} wrong=${problem?.status === 401 && apiKey() ? problem.detail : null} onClose=${() => setAsksKey(false)} onKey=${(key) => {
+    ${asksKey && html`<${KeyBox} wrong=${problem?.status === 401 && apiKey() ? problem.detail : null}
+      onClose=${() => setAsksKey(false)} onKey=${(key) => {
       setApiKey(key);
       setProblem(null);
       history.forget();
@@ -256,18 +273,29 @@ function Trouble({ problem, canRetry, onRetry, onClose, onKey }) {
     <div>
       <strong>${titleOf(problem)}</strong>
       ${problem.errors.length
-        ? html`<ul>${problem.errors.map(({ field, detail }) => html`<li key=${field}><a href="#${idOf(field)}" onClick=${(event) => go(event, field)}>${labelOf(field)}</a>: ${detail}</li>`)}</ul>`
+        ? html`<ul>${problem.errors.map(({ field, detail }) => html`<li key=${field}>
+          <a href="#${idOf(field)}" onClick=${(event) => go(event, field)}>${labelOf(field)}</a>: ${detail}</li>`)}
+          </ul>`
         : html`<p>${problem.detail}</p>`}
-      ${left !== null && html`<p class="countdown" aria-live="off">Trying again in ${left} s. <button type="button" class="link" onClick=${onRetry}>Now</button></p>`}
+      ${left !== null && html`<p class="countdown" aria-live="off">Trying again in ${left} s. <button type="button"
+        class="link" onClick=${onRetry}>Now</button></p>`}
       ${problem.status === 401 && html`<p><button type="button" class="link" onClick=${onKey}>Enter a key</button></p>`}
     </div>
     <button type="button" class="bare" aria-label="Dismiss" onClick=${onClose}><${Icon} name="close" /></button>
   </div>`;
 }
 
+const TITLES = {
+  0: "No answer",
+  401: "This service wants an API key",
+  413: "That is too large",
+  429: "Too many at once",
+  503: "Not just now",
+};
+
 function titleOf({ status, errors }) {
   if (errors.length) return errors.length > 1 ? `${errors.length} things to put right` : "One thing to put right";
-  return { 0: "No answer", 401: "This service wants an API key", 413: "That is too large", 429: "Too many at once", 503: "Not just now" }[status] ?? "That did not work";
+  return TITLES[status] ?? "That did not work";
 }
 
 function Empty({ loaded, model, onExample }) {
@@ -277,7 +305,8 @@ function Empty({ loaded, model, onExample }) {
     <div class="tray" aria-hidden="true"><i></i><i></i><i></i></div>
     <h2>Nothing developed yet</h2>
     <p>Say what to draw, and watch it come up.</p>
-    <ul class="examples">${prompts.map((prompt) => html`<li key=${prompt}><button type="button" onClick=${() => onExample(prompt)}>${prompt}</button></li>`)}</ul>
+    <ul class="examples">${prompts.map((prompt) => html`<li key=${prompt}><button type="button"
+      onClick=${() => onExample(prompt)}>${prompt}</button></li>`)}</ul>
   </div>`;
 }
 

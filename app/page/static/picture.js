@@ -23,14 +23,17 @@ export function useSource(url) {
 export function Picture({ url, alt, film = false, still = false, ...rest }) {
   const source = useSource(url);
   if (!source) return html`<span class="blank" role="img" aria-label=${alt}></span>`;
-  if (film) return html`<video src=${source} aria-label=${alt} autoplay=${!still} loop muted playsinline controls=${!still} ...${rest}></video>`;
+  if (film) return html`<video src=${source} aria-label=${alt} autoplay=${!still} loop muted playsinline
+    controls=${!still} ...${rest}></video>`;
   return html`<img src=${source} alt=${alt} draggable=${false} ...${rest} />`;
 }
 
 export const isFilm = (generation, image) => image.frames > 1 && generation.parameters.output_format === "mp4";
 
+const WORDLESS = { variation: "a variation", interpolate: "something in between", upscale: "an enlarged picture" };
+
 export function altOf(generation, index) {
   const { parameters, images } = generation;
-  const words = parameters.prompt || { variation: "a variation", interpolate: "something in between", upscale: "an enlarged picture" }[parameters.task] || "a picture";
+  const words = parameters.prompt || WORDLESS[parameters.task] || "a picture";
   return images.length > 1 ? `${words}, ${index + 1} of ${images.length}` : words;
 }

@@ -16,7 +16,7 @@ export const PICTURES = ["image", "mask", "end_image", "control_image", "ip_adap
 const UNSET = { negative_prompt: "", n: 1, best_of: 1, reproducible: false, priority: "normal", output_format: "png" };
 const BY_WHAT_IS_GIVEN = ["text-to-image", "image-to-image", "inpaint", "text-to-video", "image-to-video"];
 
-export const EMPTY = { model: null, task: null, prompt: "", negative_prompt: "", n: 1, seed: null, guidance: {}, loras: {} };
+export const EMPTY = { prompt: "", negative_prompt: "", n: 1, seed: null, guidance: {}, loras: {} };
 
 export const taskOf = (model, draft) => (model.tasks.includes(draft.task) ? draft.task : model.tasks[0]);
 
@@ -25,17 +25,19 @@ export function fieldsOf(model, task) {
   const { needs, may } = TASKS[task];
   const { size, limits } = model;
   const guided = limits.guidance_scale > 1;
+  const told = !model.classes.length && [...needs, ...may].includes("prompt");
+  const samples = model.schedulers.length > 1; // what writes codes, one a step, has no choice of either
   return new Set([
     ...needs,
     ...may,
     ...model.needs,
     ...(model.needs.includes("control_image") ? ["control_scale"] : []),
     ...(model.needs.includes("ip_adapter_image") ? ["ip_adapter_scale"] : []),
-    ...(guided && !model.classes.length && (needs.includes("prompt") || may.includes("prompt")) ? ["negative_prompt"] : []),
+    ...(guided && told ? ["negative_prompt"] : []),
     ...(size.minimum < size.maximum ? ["width", "height"] : []),
-    ...(model.schedulers.length > 1 || limits.num_inference_steps > model.defaults.num_inference_steps ? ["num_inference_steps"] : []),
+    ...(samples || limits.num_inference_steps > model.defaults.num_inference_steps ? ["num_inference_steps"] : []),
     ...(guided ? ["guidance_scale"] : []),
-    ...(model.schedulers.length > 1 ? ["scheduler"] : []),
+    ...(samples ? ["scheduler"] : []),
     ...(limits.n > 1 ? ["n"] : []),
     ...(limits.best_of > 1 ? ["best_of"] : []),
     ...(model.loras.length ? ["loras"] : []),
@@ -80,7 +82,7 @@ export function movedTo(model, draft) {
     best_of: (count) => count <= limits.best_of,
     output_format: (format) => (format === "mp4") === Boolean(model.video),
   };
-  const kept = Object.entries(draft).map(([field, value]) => [field, value === null || (fits[field]?.(value) ?? true) ? value : null]);
+  const kept = Object.entries(draft).filter(([field, value]) => value === null || (fits[field]?.(value) ?? true));
   return { ...Object.fromEntries(kept), model: model.name };
 }
 
@@ -118,7 +120,7 @@ export function repeated(parameters, model) {
   const body = {};
   for (const [field, value] of Object.entries(parameters)) {
     const open = ["model", "prompt", "seed"].includes(field) ? null : model && defaultOf(model, task, field);
-    if ([null, "", open, UNSET[field]].includes(value) || field === "preview_every" || PICTURES.includes(field)) continue;
+    if ([null, "", open, UNSET[field]].includes(value) || [...PICTURES, "preview_every"].includes(field)) continue;
     if (typeof value !== "object") body[field] = value;
     else if (Array.isArray(value) ? value.length : Object.keys(pruned(value)).length) body[field] = pruned(value);
   }

@@ -47,7 +47,8 @@ function Status() {
       ${problem && html`<p class="away" role="alert">${problem.detail}</p>`}
       ${now && html`<${Sums} now=${now} /><${Models} now=${now} looks=${looks} /><${Workers} now=${now} />`}
     </main>
-    ${asksKey && html`<${KeyBox} wrong=${problem?.status === 401 && apiKey() ? problem.detail : null} onClose=${() => setAsksKey(false)}
+    ${asksKey && html`<${KeyBox} wrong=${problem?.status === 401 && apiKey() ? problem.detail : null}
+      onClose=${() => setAsksKey(false)}
       onKey=${(key) => (setApiKey(key), setProblem(null), setRound(round + 1))} />`}`;
 }
 
@@ -59,7 +60,8 @@ function Sums({ now }) {
     ["Waiting", sum(models.map(waiting))],
     ["Rows a pass", sum(models.map((model) => model.rows))],
   ];
-  return html`<dl class="sums">${figures.map(([name, figure]) => html`<div key=${name}><dt>${name}</dt><dd>${figure}</dd></div>`)}</dl>`;
+  return html`<dl class="sums">${figures.map(([name, figure]) => html`<div key=${name}><dt>${name}</dt><dd>${figure}
+    </dd></div>`)}</dl>`;
 }
 
 function Models({ now, looks }) {
@@ -72,7 +74,8 @@ function Models({ now, looks }) {
       const held = holders(model);
       const past = looks.map(({ models }) => models.find(({ name }) => name === model.name)?.rows ?? 0);
       return html`<li key=${model.name} class="card">
-        <header><h3>${model.name}</h3><span class="badge">${held ? `in memory of ${held} worker${held > 1 ? "s" : ""}` : "not in memory"}</span></header>
+        <header><h3>${model.name}</h3><span class="badge">
+          ${held ? `in memory of ${held} worker${held > 1 ? "s" : ""}` : "not in memory"}</span></header>
         <${Line} values=${past} label="Rows a pass of ${model.name} in the last minutes, now ${model.rows}" />
         <dl class="facts">
           <div><dt>Being drawn</dt><dd>${model.running}</dd></div>
@@ -81,10 +84,12 @@ function Models({ now, looks }) {
           <div><dt>Waiting</dt><dd>${waiting(model)}</dd></div>
           <div><dt>Oldest</dt><dd>${waiting(model) ? span(model.oldest) : "none"}</dd></div>
           <div><dt>All done in</dt><dd>${doneIn(model)}</dd></div>
-          ${waiting(model) > 0 && html`<div class="whole"><dt>Of high, normal and low priority</dt><dd>${PRIORITIES.map((priority) => model.waiting[priority]).join(" · ")}</dd></div>`}
+          ${waiting(model) > 0 && html`<div class="whole"><dt>Of high, normal and low priority</dt><dd>
+            ${PRIORITIES.map((priority) => model.waiting[priority]).join(" · ")}</dd></div>`}
         </dl></li>`;
     })}</ul>
-    ${idle.length > 0 && html`<p class="help idle">Served and not in memory: ${idle.map(({ name }) => name).join(", ")}. The first request loads one.</p>`}
+    ${idle.length > 0 && html`<p
+      class="help idle">Served and not in memory: ${idle.map(({ name }) => name).join(", ")}. The first request loads one.</p>`}
   </section>`;
 }
 
@@ -99,7 +104,8 @@ function Line({ values, label }) {
   const points = values.map(at);
   const first = points[0].split(",")[0];
   return html`<svg class="line" viewBox="0 0 100 31" preserveAspectRatio="none" role="img" aria-label=${label}>
-    <polygon points="${first},31 ${points.join(" ")} 100,31" /><polyline points=${points.join(" ")} vector-effect="non-scaling-stroke" /></svg>`;
+    <polygon points="${first},31 ${points.join(" ")} 100,31" /><polyline points=${points.join(" ")}
+      vector-effect="non-scaling-stroke" /></svg>`;
 }
 
 function Workers({ now }) {
@@ -108,7 +114,8 @@ function Workers({ now }) {
       ? html`<div class="scrolls" tabindex="0" role="region" aria-label="Workers"><table class="differences">
           <thead><tr><th scope="col">Worker</th><th scope="col">Models in memory, rows a second</th></tr></thead>
           <tbody>${now.workers.map(({ name, models }) => html`<tr key=${name}><th scope="row">${name}</th>
-            <td>${Object.entries(models).map(([model, pace]) => `${model} ${pace}`).join(" · ")}</td></tr>`)}</tbody></table></div>`
+            <td>${Object.entries(models).map(([model, pace]) => `${model} ${pace}`).join(" · ")}</td></tr>`)}</tbody>
+              </table></div>`
       : html`<p class="away">No worker has said anything for a while. What is accepted waits for one.</p>`}
   </section>`;
 }
