@@ -111,7 +111,7 @@ function Line({ values, label }) {
 function Workers({ now }) {
   return html`<section aria-labelledby="workers"><h2 id="workers">Workers</h2>
     ${now.workers.length
-      ? html`<div class="scrolls" tabindex="0" role="region" aria-label="Workers"><table class="differences">
+      ? html`<div class="scrolls" tabindex="0" role="group" aria-label="Table of workers"><table class="differences">
           <thead><tr><th scope="col">Worker</th><th scope="col">Models in memory, rows a second</th></tr></thead>
           <tbody>${now.workers.map(({ name, models }) => html`<tr key=${name}><th scope="row">${name}</th>
             <td>${Object.entries(models).map(([model, pace]) => `${model} ${pace}`).join(" · ")}</td></tr>`)}</tbody>
