@@ -49,7 +49,8 @@ export class History {
       const woken = this.#wake.signal;
       if (!document.hidden || !this.loaded) await this.refresh();
       const waiting = [...this.items.values()].some((generation) => !hasEnded(generation));
-      await pause(waiting || this.problem ? BUSY : IDLE, woken);
+      const hopeful = this.problem && this.problem.status !== 401;
+      await pause(waiting || hopeful ? BUSY : IDLE, woken);
     }
   }
 
@@ -146,6 +147,7 @@ export class History {
         this.live.set(id, { ...seen, previews: { ...seen.previews, [data.index]: data.url } });
       } else if (data.id) {
         this.items.set(id, data); // the end
+        if (data.images.length) this.live.delete(id);
         this.#tabs.postMessage("changed");
       } else if (name === "running") {
         const known = this.items.get(id);

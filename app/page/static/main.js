@@ -54,9 +54,8 @@ function App() {
     }
   }, []);
   useEffect(() => void loadModels(), []);
-  useEffect(() => {
-    if (history.problem?.status === 401) setAsksKey(true);
-  }, [history.problem]);
+  const refused = history.problem?.status === 401;
+  useEffect(() => void (refused && setAsksKey(true)), [refused]);
 
   const model = models && (models.find(({ name }) => name === draft.model) ?? models[0]);
   const errors = Object.fromEntries((problem?.errors ?? []).map(({ field, detail }) => [field, detail]));
