@@ -94,20 +94,19 @@ export function Form({ models, model, draft, pictures, errors, busy, onDraft, on
 
       ${fields.has("image") && fields.has("end_image")
         ? html`<${End} word=${{ ...bind("prompt"), label: "From, in words", value: draft.prompt }}
-          well=${{ ...well("image"), label: "From, a picture" }} />
+              well=${{ ...well("image"), label: "From, a picture" }} />
             <${End} word=${{ ...bind("end_prompt"), value: draft.end_prompt ?? "" }} well=${well("end_image")} />`
         : html`${fields.has("image") && html`<${PictureWell} ...${well("image")}>
               ${fields.has("mask") && pictures.image && html`<${MaskEditor} picture=${pictures.image}
-                error=${errors.mask}
-                onMask=${(mask) => onPicture("mask", mask)} />`}
+                error=${errors.mask} onMask=${(mask) => onPicture("mask", mask)} />`}
             </${PictureWell}>
-            ${fields.has("mask") && !pictures.image && errors.mask && html`<p class="error" id="f-mask">${errors.mask}
-              </p>`}`}
+            ${fields.has("mask") && !pictures.image && errors.mask && html`
+              <p class="error" id="f-mask">${errors.mask}</p>`}`}
             ${fields.has("prompt") && (model.classes.length
               ? html`<${Choice} ...${bind("prompt")} label="What to draw"
                 value=${model.classes.includes(draft.prompt) ? draft.prompt : ""}
                 placeholder="Choose one of ${model.classes.length}"
-                  options=${model.classes.map((name) => [name, name])} />`
+                options=${model.classes.map((name) => [name, name])} />`
               : html`<${Words} ...${bind("prompt")} value=${draft.prompt} rows="3"
                 placeholder="a red apple on a blue background" />`)}`}
       ${fields.has("mix") && html`<${Slider} ...${number("mix")} min="0" max="1" step="0.05"
@@ -139,21 +138,18 @@ export function Form({ models, model, draft, pictures, errors, busy, onDraft, on
         ${fields.has("best_of") && html`<${Numeric} ...${number("best_of")} min="1" max=${model.limits.best_of}
           help="Candidates for each picture, of which CLIP keeps one." />`}
         ${guides.map((name) => html`<${Slider} key=${name} field=${`guidance.${name}`} ...${GUIDES[name]} min="0"
-          error=${errors[`guidance.${name}`]}
-          value=${draft.guidance[name] ?? 0}
-            onValue=${(value) => onDraft({ ...draft, guidance: { ...draft.guidance, [name]: value || null } })} />`)}
+          error=${errors[`guidance.${name}`]} value=${draft.guidance[name] ?? 0}
+          onValue=${(value) => onDraft({ ...draft, guidance: { ...draft.guidance, [name]: value || null } })} />`)}
         ${fields.has("guidance.interval") && html`<${Interval} value=${draft.guidance.interval}
           error=${errors["guidance.interval"]}
           onValue=${(interval) => onDraft({ ...draft, guidance: { ...draft.guidance, interval } })} />`}
         ${model.loras.map((name) => html`<${Slider} key=${name} field=${`loras.${name}`} label=${`LoRA: ${name}`}
-          min="-2" max="2" step="0.05"
-          value=${draft.loras[name] ?? 0}
-            onValue=${(value) => onDraft({ ...draft, loras: { ...draft.loras, [name]: value } })} />`)}
+          min="-2" max="2" step="0.05" value=${draft.loras[name] ?? 0}
+          onValue=${(value) => onDraft({ ...draft, loras: { ...draft.loras, [name]: value } })} />`)}
         ${fields.has("num_frames") && html`<div class="pair"><${Numeric} ...${number("num_frames")} min="1"
           max=${model.video.maximum} step=${model.video.multiple_of} />
           <${Numeric} ...${number("fps")} min="1" max="120" /></div>`}
-        <${Choice} ...${number("output_format")}
-          options=${formats.map((it) => [it, it.toUpperCase()])} />
+        <${Choice} ...${number("output_format")} options=${formats.map((it) => [it, it.toUpperCase()])} />
         <label class="check"><input type="checkbox" id="f-reproducible" checked=${!!draft.reproducible}
           onChange=${(event) => set("reproducible")(event.target.checked)} />
           <span>Reproducible: same seed, same bytes, in any company</span></label>
