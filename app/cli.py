@@ -56,7 +56,7 @@ def up(
         with LocalService(settings, workers, status.update, evaluates=True) as service:
             status.stop()
             console.print(
-                f"[bold green]ready[/] {service.url} · interactive docs at {service.url}/docs · Ctrl-C stops it"
+                f"[bold green]ready[/] {service.url} is the playground · docs at {service.url}/docs · Ctrl-C stops it"
             )
             service.watch(lambda line: console.print(line, soft_wrap=True, highlight=False))
     except KeyboardInterrupt:

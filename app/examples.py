@@ -18,8 +18,8 @@ from app.schemas import (
     Image,
     ModelAtWork,
     ModelList,
+    ModelStatus,
     Progress,
-    QueueStatus,
     ServiceStatus,
     WorkerStatus,
 )
@@ -108,7 +108,7 @@ STATUS = ServiceStatus(
             models=[ModelAtWork(name="emoji-sd", width=16, rows=11.5, running=6, rows_per_second=412.0)],
         )
     ],
-    queues=[QueueStatus(model="emoji-sd", priority="normal", waiting=3, oldest_seconds=0.4)],
+    models=[ModelStatus(name="emoji-sd", waiting={"high": 0, "normal": 3, "low": 0}, oldest=0.4, eta=2.1)],
 )
 METRICS = 'darkroom_queue_depth{queue="emoji-sd.normal"} 0.0\n'
 

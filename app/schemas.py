@@ -377,20 +377,22 @@ class WorkerStatus(BaseModel):
     models: list[ModelAtWork]
 
 
-class QueueStatus(BaseModel):
-    """What waits for workers."""
+class ModelStatus(BaseModel):
+    """What waits for a model."""
 
-    model: str
-    priority: Priority
-    waiting: int
-    oldest_seconds: float = Field(description="For how long the first of them has waited.")
+    name: str
+    waiting: dict[Priority, int]
+    oldest: float = Field(description="Seconds that the one which waits longest has waited.")
+    eta: float | None = Field(
+        description="Seconds until all that waits is through, as measured; null: nobody draws it."
+    )
 
 
 class ServiceStatus(BaseModel):
-    """The service at this moment: its workers, as they said with their last heartbeat, and its queues."""
+    """The service at this moment: its workers, as they said with their last heartbeat, and what waits for them."""
 
     workers: list[WorkerStatus]
-    queues: list[QueueStatus]
+    models: list[ModelStatus]
 
 
 class FieldError(BaseModel):

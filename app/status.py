@@ -6,8 +6,8 @@ from redis import Redis
 from redis.client import Pipeline
 from rq.worker_registration import get_keys
 
-from app.jobs import PRIORITIES, Jobs, queue_name
-from app.schemas import QueueStatus, ServiceStatus, WorkerStatus
+from app.jobs import PRIORITIES, Jobs, pace_key, queue_name, seconds_for
+from app.schemas import ModelStatus, Priority, ServiceStatus, WorkerStatus
 
 
 def announce(pipe: Pipeline, worker: WorkerStatus, seconds: int) -> None:
@@ -25,13 +25,24 @@ def place(name: str) -> str:
 
 def status(jobs: Jobs) -> ServiceStatus:
     """As it is now."""
-    waiting = jobs.waiting()
-    queues = list[QueueStatus]()
-    for model in jobs.catalog.names:
-        for priority in PRIORITIES:
-            length, seconds = waiting[queue_name(model, priority)]
-            queues.append(QueueStatus(model=model, priority=priority, waiting=length, oldest_seconds=round(seconds, 3)))
-    return ServiceStatus(workers=workers(jobs.connection), queues=queues)
+    queues, names = jobs.waiting(), jobs.catalog.names
+    with jobs.connection.pipeline(transaction=False) as pipe:
+        for model in names:
+            pipe.hvals(pace_key(model))
+        paces = dict(zip(names, pipe.execute(), strict=True))
+    models = list[ModelStatus]()
+    for model in names:
+        waiting = {priority: queues[queue_name(model, priority)] for priority in PRIORITIES}
+        counts: dict[Priority, int] = {priority: count for priority, (count, _) in waiting.items()}
+        models.append(
+            ModelStatus(
+                name=model,
+                waiting=counts,
+                oldest=round(max(seconds for _, seconds in waiting.values()), 1),
+                eta=seconds_for(sum(counts.values()), paces[model]),
+            )
+        )
+    return ServiceStatus(workers=workers(jobs.connection), models=models)
 
 
 def workers(connection: Redis) -> list[WorkerStatus]:

@@ -27,7 +27,8 @@ def test_what_waits_is_told_where_nobody_draws(lab: Lab):
     lab.put(3, priority="high")
     shown = status(lab.jobs)
     assert shown.workers == []
-    assert [(q.model, q.waiting) for q in shown.queues if q.priority == "high"] == [("alpha", 3), ("beta", 0)]
+    assert [(model.name, model.waiting["high"]) for model in shown.models] == [("alpha", 3), ("beta", 0)]
+    assert [model.eta for model in shown.models] == [None, None]
 
 
 def test_a_worker_is_shown_until_it_stops_or_its_lease_has_run_out(lab: Lab):

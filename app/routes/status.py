@@ -1,6 +1,6 @@
-"""For people who run the service."""
+"""What the service is doing now, for people: `/status` shows it."""
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter, Depends, Response
 
 from app import status
 from app.auth import owner
@@ -11,6 +11,7 @@ router = APIRouter(prefix="/v1/status", tags=["health"], dependencies=[Depends(o
 
 
 @router.get("", operation_id="get_status")
-def show(jobs: JobsDep) -> ServiceStatus:
-    """Workers, the models that they hold, how full their passes are, and how much waits."""
+def show(response: Response, jobs: JobsDep) -> ServiceStatus:
+    """Workers, the models that they hold, how full their passes are, and what waits for each model."""
+    response.headers["Cache-Control"] = "no-store"
     return status.status(jobs)
