@@ -23,7 +23,7 @@ from app.fronts import a1111, fal, openai, replicate
 from app.jobs import Jobs
 from app.limits import BodyLimit
 from app.logs import RequestId
-from app.routes import evaluations, generations, health, models
+from app.routes import evaluations, generations, health, models, webhooks
 from app.schemas import Problem
 from app.settings import Settings
 from app.storage import open_store
@@ -37,7 +37,7 @@ DESCRIPTION = """Pictures from guided diffusion models: queued durably, drawn to
 Errors are RFC 9457 problem documents; `errors` names each wrong field."""
 
 
-ROUTES = (generations, models, evaluations, openai, a1111, replicate, fal, health)
+ROUTES = (generations, models, evaluations, webhooks, openai, a1111, replicate, fal, health)
 DECODERS = 20  # threads for submissions with pictures; AnyIO's 40 are for everything else
 
 
