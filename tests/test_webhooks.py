@@ -445,7 +445,7 @@ def test_every_way_to_end_is_told(receiver: Receiver, lab: Lab):
     (late,), (later,) = (lab.put(expires_in=1, **hook(receiver, "/late")) for _ in range(2))
     time.sleep(1.1)
     assert lab.get(late).status == "expired"
-    lab.worker(step=0.1)
+    lab.worker(step=0.1, max_attempts=2)
     (crashed,) = lab.put(crash=1, **hook(receiver, "/crashed"))
     assert receiver.wait("/crashed")[0].body["data"]["error"]["type"] == "error"
     assert {one.body["data"]["id"] for one in receiver.wait("/late", 2)} == {late, later}
@@ -457,7 +457,7 @@ def test_every_way_to_end_is_told(receiver: Receiver, lab: Lab):
     (poison,) = lab.put(kill=9, **hook(receiver, "/poison"))
     for _ in range(2):
         until(lambda: not any(worker.is_alive() for worker in lab.workers))
-        lab.worker()
+        lab.worker(max_attempts=2)
     assert receiver.wait("/poison")[0].body["data"]["error"]["type"] == "worker-died"
     assert receiver.at("/poison")[0].body["data"]["id"] == poison
 
