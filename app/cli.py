@@ -53,7 +53,7 @@ def up(
     try:
         status = console.status("starting")
         status.start()
-        with LocalService(settings, workers, status.update, evaluates=True) as service:
+        with LocalService(settings, workers, status.update, evaluates=True, delivers=True) as service:
             status.stop()
             console.print(
                 f"[bold green]ready[/] {service.url} is the playground · docs at {service.url}/docs · Ctrl-C stops it"
@@ -101,6 +101,19 @@ def evaluator() -> None:
     redis_url = required_redis(settings)
     from app import logs
     from app.evaluator import serve
+
+    logs.set_up(settings)
+    serve(settings, redis_url)
+
+
+@cli.command()
+def postman() -> None:
+    """Deliver webhooks; REDIS_URL says where they wait."""
+    settings = read_settings()
+    check_cards(settings)
+    redis_url = required_redis(settings)
+    from app import logs
+    from app.postman import serve
 
     logs.set_up(settings)
     serve(settings, redis_url)
@@ -323,6 +336,36 @@ def dead(
                 typer.echo(letters.traceback_of(connection, traceback))
             if not (requeue or traceback):
                 print_letters(letters.dead(connection))
+    except ServiceError as error:
+        raise SystemExit(error.detail) from None
+    except RedisError as error:
+        raise SystemExit(f"Redis does not answer: {error}") from None
+
+
+@cli.command()
+def webhooks(
+    resend: Annotated[str | None, typer.Option(metavar="ID", help="Deliver this one after all.")] = None,
+) -> None:
+    """List the webhooks that nobody took, or send one again."""
+    from redis.exceptions import RedisError
+
+    from app.connection import connect
+    from app.errors import ServiceError
+    from app.webhooks import Outbox
+
+    settings = read_settings()
+    try:
+        with connect(required_redis(settings), settings.redis_timeout) as connection:
+            if resend:
+                Outbox(connection).resend(resend)
+                console.print(f"{resend} is sent again", highlight=False)
+                return
+            table = Table("id", "url", "tries", "since", "reason")
+            table.columns[0].no_wrap = True
+            for one in Outbox(connection).dead():
+                since = f"{one.since:%Y-%m-%d %H:%M:%S}"
+                table.add_row(one.id, escape(one.url), str(one.tries), since, escape(one.reason))
+            Console().print(table)
     except ServiceError as error:
         raise SystemExit(error.detail) from None
     except RedisError as error:

@@ -12,7 +12,7 @@ from rq.queue import Queue
 from rq.registry import FailedJobRegistry
 from rq.serializers import JSONSerializer
 
-from app import events
+from app import events, webhooks
 from app.errors import NotFound, NotRequeueable
 from app.jobs import BELL, Replies, atomically, failure, is_id, now, read_records
 from app.schemas import Failure
@@ -88,6 +88,8 @@ def requeue(connection: "Redis", id: str, max_attempts: int) -> None:
         queue.push_job_id(id, pipeline=pipe)
         pipe.delete(events.stream(id))
         events.record(pipe, id, "queued", {"status": "queued"})
+        webhooks.tell_again(pipe, id)
+        webhooks.tell(pipe, id, "queued")
         pipe.publish(BELL, "queued")
 
     atomically(connection, write, key)

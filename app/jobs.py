@@ -27,9 +27,10 @@ from rq.registry import StartedJobRegistry
 from rq.serializers import JSONSerializer
 from rq.utils import utcformat, utcparse
 
-from app import events, metrics
+from app import events, metrics, webhooks
 from app.errors import IdempotencyConflict, InvalidRequest, NotCancelable, NotFound, QueueFull
 from app.images import png_bytes, read_image, read_mask
+from app.outbound import Allowed, Forbidden, read_url
 from app.schemas import (
     PICTURES,
     Failure,
@@ -134,14 +135,23 @@ class Record(NamedTuple):
 class Jobs:
     def __init__(self, connection: "Redis", blobs: BlobStore, catalog: Catalog, settings: Settings):
         self.connection, self.blobs, self.catalog, self.settings = connection, blobs, catalog, settings
+        self.may_be_told = Allowed(settings.webhook_allow)
         self.decoding = threading.BoundedSemaphore(settings.max_decodes)
 
     # -- in
 
     def submit(
-        self, request: GenerationRequest, owner: str, idempotency_key: str | None = None
+        self,
+        request: GenerationRequest,
+        owner: str,
+        idempotency_key: str | None = None,
+        shape: webhooks.Shape = "darkroom",
+        base: str = "",
     ) -> tuple[Generation, bool]:
         """Queue a generation; returns it, and whether this is the replay of an earlier answer.
+
+        Args:
+            shape: in whose words its webhook is told, with URLs that begin with `base`.
 
         Raises:
             InvalidRequest: the model cannot do it, or a picture is none.
@@ -152,17 +162,16 @@ class Jobs:
         token = Token.of(idempotency_key, owner, request) if idempotency_key else None
         if token and (first := token.answered(self.connection)):
             return self.fetch(first, owner), True
-        if problems := list(card.problems(request)):
+        if problems := [*card.problems(request), *self._problems_of_webhook(request)]:
             raise InvalidRequest(problems)
+        hook = webhooks.Hook.of(request.webhook, shape, base) if request.webhook else None
         id = new_id()
         pictures = self._pictures(request)
         parameters = complete(request, card, pictures)
         self._refuse_if_full(card)
         self._store(id, pictures)
-        if token and (first := self._enqueue(id, parameters, owner, token)):
+        if first := self._enqueue(id, parameters, owner, hook, token):
             return self.fetch(first, owner), True
-        if not token:
-            self._enqueue(id, parameters, owner)
         log.info("queued", generation=id, model=card.name, task=parameters.kind, owner=owner)
         try:
             return self.fetch(id, owner), False
@@ -178,6 +187,13 @@ class Jobs:
                 [("model", f"there is no {request.model!r}; there are {', '.join(self.catalog.names)}")]
             )
         return self.catalog[request.model]
+
+    def _problems_of_webhook(self, request: GenerationRequest) -> Iterator[tuple[str, str]]:
+        if request.webhook is not None:
+            try:
+                read_url(request.webhook.url, self.may_be_told)
+            except Forbidden as error:
+                yield "webhook.url", str(error)
 
     def _pictures(self, request: GenerationRequest) -> dict[str, bytes]:
         """The request's pictures, checked, upright, in eight bits, as PNG."""
@@ -216,7 +232,9 @@ class Jobs:
             after = max(too_long, seconds_for(1, paces) or 10.0)
             raise QueueFull(f"{waiting} generations are waiting for {card.name}; nothing was accepted", after)
 
-    def _enqueue(self, id: str, parameters: Parameters, owner: str, token: "Token | None" = None) -> str | None:
+    def _enqueue(
+        self, id: str, parameters: Parameters, owner: str, hook: webhooks.Hook | None, token: "Token | None"
+    ) -> str | None:
         """All of it or nothing. Returns the id of the generation that had this idempotency key first, if any."""
         queue = Queue(
             queue_name(parameters.model, parameters.priority), connection=self.connection, serializer=JSONSerializer
@@ -245,6 +263,9 @@ class Jobs:
             pipe.multi()
             queue.enqueue_job(job, pipeline=pipe)
             events.record(pipe, id, "queued")
+            if hook:
+                hook.write(pipe, id)
+                webhooks.tell(pipe, id, "queued")
             pipe.zadd(index_key(owner), {id: 0})
             pipe.zremrangebylex(index_key(owner), "-", f"({new_id(time.time() - LISTED_FOR.total_seconds())[:12]}")
             if token:
@@ -267,7 +288,7 @@ class Jobs:
             with suppress(NotCancelable):  # it ended just now
                 self.end(id, "expired")
             record = self.record(id, owner)
-        return self._show(id, record)
+        return self.show(id, record)
 
     def record(self, id: str, owner: str) -> Record:
         record = next(read_records(self.connection, [id])) if is_id(id) else None
@@ -275,7 +296,7 @@ class Jobs:
             raise NotFound(f"there is no generation {id[:64]!r}; results are kept for {self.settings.result_ttl}")
         return record
 
-    def _show(self, id: str, record: Record) -> Generation:
+    def show(self, id: str, record: Record) -> Generation:
         position, eta = None, None
         if record.status == "queued":
             position, eta = self._outlook(id, record.parameters)
@@ -337,7 +358,7 @@ class Jobs:
                 continue
             if len(found) == limit:
                 return GenerationList(data=found, next_cursor=found[-1].id)
-            found.append(shown or self._show(id, record))
+            found.append(shown or self.show(id, record))
         return GenerationList(data=found, next_cursor=None)
 
     def _newest(self, owner: str, before: str | None) -> Iterator[tuple[str, Record]]:
@@ -397,6 +418,7 @@ class Jobs:
             pipe.delete(ExecutionRegistry(id, self.connection).key)
             pipe.expire(key, self.settings.result_ttl)
             events.record(pipe, id, outcome, {"status": outcome}, self.settings.result_ttl)
+            webhooks.tell(pipe, id, outcome)
             pipe.publish(BELL, f"drop {id}")
             return queue.name
 

@@ -87,8 +87,10 @@ class LocalService:
         workers: int = 1,
         say: Callable[[str], None] = lambda _: None,
         evaluates: bool = False,
+        delivers: bool = False,
     ):
-        self.settings, self.workers, self.say, self.evaluates = settings, workers, say, evaluates
+        self.settings, self.workers, self.say = settings, workers, say
+        self.evaluates, self.delivers = evaluates, delivers
         self.stack = ExitStack()
         self.parts: dict[str, Part] = {}
 
@@ -137,6 +139,10 @@ class LocalService:
             evaluator = Part("the evaluator", [*command, "evaluator"], environment, lambda _: True)
             self.parts["evaluator"] = evaluator
             started.callback(evaluator.stop)
+        if self.delivers:
+            postman = Part("the postman", [*command, "postman"], environment, lambda _: True)
+            self.parts["postman"] = postman
+            started.callback(postman.stop)
         self.say("starting the API")
         api.wait(30)
         self.say(f"loading {settings.models[0]}")

@@ -24,7 +24,7 @@ from app.jobs import Jobs
 from app.limits import BodyLimit
 from app.logs import RequestId
 from app.page import routes as page
-from app.routes import evaluations, generations, health, models, status
+from app.routes import evaluations, generations, health, models, status, webhooks
 from app.schemas import Problem
 from app.settings import Settings
 from app.storage import open_store
@@ -38,7 +38,7 @@ DESCRIPTION = """Pictures from guided diffusion models: queued durably, drawn to
 Errors are RFC 9457 problem documents; `errors` names each wrong field."""
 
 
-ROUTES = (generations, models, status, evaluations, openai, a1111, replicate, fal, health, page)
+ROUTES = (generations, models, status, evaluations, webhooks, openai, a1111, replicate, fal, health, page)
 DECODERS = 20  # threads for submissions with pictures; AnyIO's 40 are for everything else
 
 

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterable
 
 import redis.exceptions
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
+
+from app.webhooks import Standing
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200)
 ROWS = (1, 2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 48)
@@ -87,6 +89,28 @@ class Waiting(Collector):
             depth.add_metric([queue], length)
             oldest.add_metric([queue], seconds)
         return up, depth, oldest
+
+
+class Webhooks(Collector):
+    """What is to be delivered and what was, read at each scrape: a postman has no port."""
+
+    def __init__(self, standing: Callable[[], Standing]):
+        self.standing = standing
+
+    def collect(self) -> Iterable[Metric]:
+        try:
+            now = self.standing()
+        except redis.exceptions.RedisError:
+            return ()
+        return (
+            GaugeMetricFamily("darkroom_webhooks_pending", "Webhooks to be delivered, now or later", now.pending),
+            GaugeMetricFamily(
+                "darkroom_webhooks_overdue_seconds", "How long the first has waited for a postman", now.overdue
+            ),
+            GaugeMetricFamily("darkroom_webhooks_dead", "Webhooks that nobody took", now.dead),
+            CounterMetricFamily("darkroom_webhooks_delivered", "Webhooks that were taken", now.delivered),
+            CounterMetricFamily("darkroom_webhooks_failed_tries", "Tries to deliver one in vain", now.failed),
+        )
 
 
 def render(*more: Collector) -> bytes:

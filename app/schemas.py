@@ -95,6 +95,20 @@ class Lora(BaseModel, frozen=True):
     scale: float = Field(default=1.0, ge=-4, le=4, description="How much of it; 1 is as it was trained.")
 
 
+class Webhook(BaseModel, frozen=True):
+    """Who is told of a generation's course: a signed POST, tried again until it is answered."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    url: Annotated[str, StringConstraints(max_length=2048)] = Field(description="http or https; of a public host.")
+    events: list[Status] = Field(
+        default=["succeeded", "failed", "canceled", "expired"],
+        min_length=1,
+        max_length=6,
+        description="Of which changes of its status; if unset, of the one that ends it.",
+    )
+
+
 class GenerationRequest(BaseModel, frozen=True):
     """A picture, or `n` of them, to be made. Unset numbers take the model's defaults (`GET /v1/models`)."""
 
@@ -147,6 +161,7 @@ class GenerationRequest(BaseModel, frozen=True):
     reproducible: bool = Field(False, description="Same seed, same bytes, whatever else the worker is doing.")
     expires_in: int | None = Field(None, ge=1, le=604_800, description="Seconds after which nobody wants it any more.")
     priority: Priority = Field("normal", description="Worth a minute of waiting, either way.")
+    webhook: Webhook | None = Field(None, description="Whom to tell when it has ended, or of its course.")
     metadata: dict[Name, Annotated[str, Field(max_length=512)]] = Field(
         default_factory=dict, max_length=16, description="Your own labels; returned as they are."
     )
@@ -398,6 +413,12 @@ class ServiceStatus(BaseModel):
 class FieldError(BaseModel):
     field: str = Field(description="As you sent it; below `metadata`, `metadata.name`.")
     detail: str
+
+
+class WebhookSecret(BaseModel):
+    secret: str = Field(
+        description="What your webhooks are signed with: `whsec_` and base64, as Standard Webhooks has it."
+    )
 
 
 class Problem(BaseModel):

@@ -1,6 +1,9 @@
 """Every setting: its default and the reason for it. Read once at start-up; a wrong or unknown one stops it."""
 
+import base64
+import ipaddress
 import os
+import re
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -78,6 +81,10 @@ class Settings(BaseSettings):
     journal_interval: float = Field(2, ge=0)  # seconds of denoising that a kill may cost; 0: no journals
     journal_mib: float = Field(64, gt=0)  # of a picture's journal; then no more is kept. Stable Diffusion: 500 steps
 
+    # Webhooks
+    webhook_secret: str | None = None  # whsec_ and base64; none: one is made, and kept in Redis, where all find it
+    webhook_allow: Names = ()  # networks, addresses and host names that are not public, and may be told all the same
+
     # Evaluations
     judge: DirectoryPath | None = None  # folder of the CLIP that judges; none: the one that ships, of emoji scenes
 
@@ -95,7 +102,7 @@ class Settings(BaseSettings):
     log_format: str = Field("auto", pattern="^(auto|json|console)$")  # auto: json unless a person is watching
     log_level: str = Field("info", pattern="^(debug|info|warning|error)$")  # one line for each thing that happens
 
-    @field_validator("models", "pinned_models", mode="before")
+    @field_validator("models", "pinned_models", "webhook_allow", mode="before")
     @classmethod
     def _names(cls, value: object) -> object:
         return tuple(name.strip() for name in value.split(",") if name.strip()) if isinstance(value, str) else value
@@ -112,6 +119,30 @@ class Settings(BaseSettings):
     def _served(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
         if strangers := [name for name in value if name not in info.data.get("models", value)]:
             raise ValueError(f"{', '.join(strangers)} is not among the models")
+        return value
+
+    @field_validator("webhook_secret")
+    @classmethod
+    def _signs(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                enough = 24 <= len(base64.b64decode(value.removeprefix("whsec_"), validate=True)) <= 64
+            except ValueError:
+                enough = False
+            if not enough or not value.startswith("whsec_"):
+                raise ValueError("whsec_ and the base64 of 24 to 64 random bytes")
+        return value
+
+    @field_validator("webhook_allow")
+    @classmethod
+    def _networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for entry in value:
+            if re.fullmatch(r"(?=.*[a-z])[a-z0-9.-]+", entry):  # a host's name
+                continue
+            try:
+                ipaddress.ip_network(entry)
+            except ValueError:
+                raise ValueError(f"{entry} is neither a network, such as 10.0.0.0/8, nor a host's name") from None
         return value
 
     @field_validator("api_keys", mode="before")

@@ -33,7 +33,7 @@ def status(jobs: Jobs) -> ServiceStatus:
     models = list[ModelStatus]()
     for model in names:
         waiting = {priority: queues[queue_name(model, priority)] for priority in PRIORITIES}
-        counts: dict[Priority, int] = {priority: count for priority, (count, _) in waiting.items()}
+        counts: dict[Priority, int] = {priority: waiting[priority][0] for priority in PRIORITIES}
         models.append(
             ModelStatus(
                 name=model,

@@ -168,7 +168,7 @@ def test_without_a_service_generate_starts_one_and_leaves_nothing_behind(tmp_pat
     assert not list(tmp_path.glob("darkroom-*")), "temporary files are left"
 
 
-UP = 4  # parts of `darkroom up`: Valkey, the API, a worker, the evaluator
+UP = 5  # parts of `darkroom up`: Valkey, the API, a worker, the evaluator, the postman
 
 
 @pytest.fixture

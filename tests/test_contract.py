@@ -70,6 +70,7 @@ def asking(document: dict[str, Any], ids: list[str]) -> BaseSchema:
         "body.scheduler": ["dpmpp_2m", "ddim"],
         "body.image": [picture(), f"data:image/png;base64,{picture()}"],
         "body.mask": [picture(), picture((64, 48))],
+        "body.url": ["https://example.com/", "http://127.0.0.1/"],
     }
     words = {name.partition(".")[2].lower(): {"values": values} for name, values in mostly.items()}
     chosen = {name: {"dictionary": name.partition(".")[2].lower(), "probability": 0.8} for name in mostly}
@@ -163,7 +164,15 @@ def what_a_model_narrows(ctx: CheckContext, response: Response, case: schemathes
     if is_positive(case) and response.status_code == 422 and case.method == "POST":
         fields = {error["field"] for error in response.json().get("errors", [{"field": "Idempotency-Key"}])}
         narrowed = {"model", "n", "best_of", "width", "height", "num_inference_steps", "guidance_scale", "scheduler"}
-        narrowed |= {"num_frames", "fps", "output_format", "suite", "prompts", *(f"models.{i}" for i in range(16))}
+        narrowed |= {
+            "num_frames",
+            "fps",
+            "output_format",
+            "webhook.url",
+            "suite",
+            "prompts",
+            *(f"models.{i}" for i in range(16)),
+        }
         together = {*BY_TASK, "prompt", "negative_prompt"}
         steering = {f"guidance.{name}" for name in Guidance.model_fields}
         worn = {f"loras.{i}.name" for i in range(4)} | {f"prompts.{i}.prompt" for i in range(100)}  # of spaces only
@@ -254,6 +263,7 @@ def test_of_what_has_been_drawn_every_answer_is_listed_however_often_one_asks(
         (f"GET {URL}/{{id}}/images/{{number}}", {200, 206, 401, 404, 422}),  # 304 and 416 are asked for below
         (f"GET {URL}/{{id}}/previews/{{number}}/{{step}}", {200, 401, 404, 422}),
         ("GET /v1/models/{name}", {200, 401, 404}),
+        ("GET /v1/webhooks/secret", {200, 401}),
         ("GET /metrics", {200, 405}),
     ],
 )

@@ -140,7 +140,7 @@ def test_every_variable_set_for_the_containers_is_a_setting():
     assert unknown_variables(dict.fromkeys(written, "")) == []
 
 
-@pytest.mark.parametrize("service", ["api", "worker", "worker-cpu"])
+@pytest.mark.parametrize("service", ["api", "postman", "worker", "worker-cpu"])
 def test_the_settings_of_a_container_are_right(service: str, monkeypatch: pytest.MonkeyPatch):
     image = dict(re.findall(r"(DARKROOM_\w+)=(\S+)", DOCKERFILE))
     for name, value in (image | SERVICES[service]["environment"]).items():
@@ -148,6 +148,9 @@ def test_the_settings_of_a_container_are_right(service: str, monkeypatch: pytest
     settings = read_settings()
     assert settings.host == "0.0.0.0"
     assert (settings.port, settings.worker_port) == (8000, 9100)  # where nginx and Prometheus look
+    if service in ("api", "postman"):
+        agreed = ("DARKROOM_API_KEYS", "DARKROOM_WEBHOOK_SECRET", "DARKROOM_WEBHOOK_ALLOW")
+        assert set(agreed) <= set(SERVICES[service]["environment"])
     assert settings.blobs == "file:///blobs"
     assert "blobs:/blobs" in SERVICES[service]["volumes"]
     assert settings.models == default("models")

@@ -179,7 +179,7 @@ def test_what_is_not_there_is_said(asked: Any, service: LocalService):
     said = asked(app="fal-ai/flux")
     assert (said["status"], said["type"]) == (404, "not_found")
     url = f"{service.url}/fal/queue/darkroom/emoji-sd"
-    hooked = httpx2.post(f"{url}?fal_webhook=https://elsewhere.example", json=BRIEF)
+    hooked = httpx2.post(f"{url}?fal_webhook=ftp://elsewhere.example", json=BRIEF)
     assert (hooked.status_code, hooked.json()["detail"][0]["loc"]) == (422, ["body", "fal_webhook"])
     running = httpx2.post(url, json={**BRIEF, "num_inference_steps": 100, "num_images": 8}).json()
     assert httpx2.get(running["response_url"]).json()["error_type"] == "unfinished"

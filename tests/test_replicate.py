@@ -134,8 +134,6 @@ def test_what_is_not_there_is_said(client: Client):
         client.run("darkroom/nope", input=BRIEF)
     with pytest.raises(ReplicateError, match="there is no"):
         client.predictions.create(version="0" * 64, input=BRIEF)
-    with pytest.raises(ReplicateError, match="webhooks are not offered yet"):
-        client.predictions.create(model=MODEL, input=BRIEF, webhook="https://elsewhere.example/")
 
 
 def test_what_is_not_heeded_is_in_the_logs(client: Client):

@@ -60,6 +60,12 @@ def test_variables_of_others_do_not_matter():
         ("LOG_FORMAT", "xml"),
         ("FSYNC", "no"),
         ("STEP_TIMEOUT", "-1"),
+        ("WEBHOOK_SECRET", "the key itself"),
+        ("WEBHOOK_SECRET", "whsec_c2hvcnQ="),
+        ("WEBHOOK_SECRET", "c2VjcmV0" * 4),
+        ("WEBHOOK_ALLOW", "10.0.0.1/8"),
+        ("WEBHOOK_ALLOW", "10.0.0.0/8,*"),
+        ("WEBHOOK_ALLOW", "10.0.0"),
     ],
 )
 def test_a_wrong_value_stops_the_start_and_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str):
@@ -126,6 +132,8 @@ EVERY_KIND: dict[str, Any] = {
     "api_keys": (("ann", DIGEST), ("bob", DIGEST)),
     "max_body_mib": 0.5,
     "max_image_pixels": 1,
+    "webhook_secret": "whsec_" + "c2VjcmV0" * 4,
+    "webhook_allow": ("10.0.0.0/8", "::1", "hooks.internal"),
     "max_wait": timedelta(seconds=1.5),
     "max_listeners": 7,
     "max_decodes": 1,

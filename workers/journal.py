@@ -220,7 +220,7 @@ def digest(body: bytes, key: bytes) -> bytes:
 def identity(model: bytes, r: Parameters, index: int) -> bytes:
     """Of one picture. Where bytes are promised, the kind of machine belongs to it: another rounds differently."""
     machine = kind_of_machine() if r.reproducible else ""
-    return hashed(model, r.model_dump_json(exclude={"metadata", "expires_in", "priority"}), index, machine)
+    return hashed(model, r.model_dump_json(exclude={"metadata", "expires_in", "priority", "webhook"}), index, machine)
 
 
 def model_identity(card: ModelCard, nets: Iterable[nn.Module]) -> bytes:

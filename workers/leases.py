@@ -19,7 +19,7 @@ from rq.job import Job
 from rq.queue import Queue
 from rq.utils import parse_composite_key, utcformat
 
-from app import events
+from app import events, webhooks
 from app.jobs import BELL, Replies, atomically, moment
 
 Why = Literal["died", "unlucky", "stopping"]
@@ -28,6 +28,7 @@ Why = Literal["died", "unlucky", "stopping"]
 # ARGV: lease, worker's name, status, ended_at, meta, seconds to keep the job, outcome, id.
 END = (
     events.RECORD
+    + webhooks.TELL
     + """
 local job = redis.call('HMGET', KEYS[2], 'status', 'worker_name')
 if job[1] ~= 'started' or job[2] ~= ARGV[2] or not redis.call('ZSCORE', KEYS[1], ARGV[1]) then return 0 end
@@ -35,6 +36,7 @@ redis.call('HSET', KEYS[2], 'status', ARGV[3], 'ended_at', ARGV[4], 'meta', ARGV
 redis.call('EXPIRE', KEYS[2], ARGV[6])
 if ARGV[3] == 'failed' then redis.call('ZADD', KEYS[4], redis.call('TIME')[1] + ARGV[6], ARGV[8]) end
 record(KEYS[3], ARGV[7], ARGV[6])
+tell(KEYS[2], ARGV[8], ARGV[7])
 return 1
 """
 )
@@ -46,6 +48,7 @@ return 1
 # meta of the failure, seconds to keep a failed job, id.
 RELEASE = (
     events.RECORD
+    + webhooks.TELL
     + """
 local job = redis.call('HMGET', KEYS[2], 'status', 'worker_name', 'alone', 'deaths')
 local expires = redis.call('ZSCORE', KEYS[1], ARGV[1])
@@ -66,6 +69,7 @@ if ARGV[4] == 'died' then
         redis.call('EXPIRE', KEYS[2], ARGV[8])
         redis.call('ZADD', KEYS[5], redis.call('TIME')[1] + ARGV[8], ARGV[9])
         record(KEYS[3], 'failed', ARGV[8])
+        tell(KEYS[2], ARGV[9], 'failed')
         return 'failed'
     end
     redis.call('HSET', KEYS[2], 'suspect', 1)
@@ -75,6 +79,7 @@ end
 redis.call('HSET', KEYS[2], 'status', 'queued')
 redis.call('LPUSH', KEYS[4], ARGV[9])
 record(KEYS[3], 'queued', nil)
+tell(KEYS[2], ARGV[9], 'queued')
 redis.call('PUBLISH', '"""
     + BELL
     + """', 'queued')
@@ -158,6 +163,7 @@ class Leases:
         job.started_at = datetime.fromtimestamp(self.clock.time(), UTC)  # RQ writes it again at the end
         pipe.hset(job.key, "started_at", utcformat(job.started_at))
         events.record(pipe, job.id, "running", {"status": "running"})
+        webhooks.tell(pipe, job.id, "running")
         execution = Execution.create(job, self.seconds, pipe, worker_name=self.worker)
         self._lease(pipe, queue.started_job_registry.key, execution)
         return Claim(execution, int(attempts or 0) + 1, suspect is not None)

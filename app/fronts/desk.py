@@ -11,27 +11,68 @@ from app import events
 from app.auth import Owner, signed
 from app.errors import InvalidRequest, Leaving, TooManyListeners
 from app.jobs import Jobs
+from app.outbound import Forbidden, read_url
 from app.routes.generations import submitted, until_ended
-from app.schemas import Generation, GenerationRequest, Task
-from app.settings import Settings
+from app.schemas import Generation, GenerationRequest, Status, Task, Webhook
+from app.webhooks import Shape
 from models.catalog import ModelCard
 
 LARGEST = 100_000  # pixels of a side that a client may name: `nearest_size` makes something of it
 
 
-class Desk:
+class Counter:
+    """What a generation is shown from: an answer, and a webhook, which nobody asks for."""
+
+    def __init__(self, jobs: Jobs, owner: str, base: str):
+        self.jobs, self.owner, self.base = jobs, owner, base.rstrip("/")
+        self.settings = jobs.settings
+
+    async def picture(self, generation: Generation, index: int) -> bytes:
+        """A picture's file."""
+
+        def read() -> bytes:
+            record = self.jobs.record(generation.id, self.owner)
+            return self.jobs.blobs.open(record.meta["images"][index]["key"])
+
+        return await run_in_threadpool(read)
+
+    def url(self, path: str) -> str:
+        """Where anybody who is given it may fetch a file: clients of other services bring no key for that."""
+        query = signed(path, self.owner, self.settings.api_keys)
+        return self.absolute(path) + (f"?{query}" if query else "")
+
+    def absolute(self, path: str) -> str:
+        return self.base + path
+
+
+class Desk(Counter):
     """One request of a front, and who made it."""
 
     def __init__(self, request: Request, owner: Owner):
-        self.request, self.owner = request, owner
-        self.jobs: Jobs = request.app.state.jobs
+        super().__init__(request.app.state.jobs, owner, str(request.base_url))
+        self.request = request
         self.listeners: events.Listeners = request.app.state.listeners
-        self.settings: Settings = request.app.state.settings
 
-    async def submit(self, asked: GenerationRequest, idempotency_key: str | None = None) -> Generation:
-        """Queue it. Raises as `Jobs.submit` does."""
-        generation, _ = await submitted(self.request, asked, self.owner, idempotency_key)
+    async def submit(
+        self, asked: GenerationRequest, idempotency_key: str | None = None, shape: Shape = "darkroom"
+    ) -> Generation:
+        """Queue it; its webhook is told in such words. Raises as `Jobs.submit` does."""
+        generation, _ = await submitted(self.request, asked, self.owner, idempotency_key, shape, self.base)
         return generation
+
+    def webhook(self, field: str, url: str, events: Iterable[Status]) -> Webhook:
+        """A webhook that came in a field of theirs.
+
+        Raises:
+            InvalidRequest: it cannot be told there.
+        """
+        try:
+            read_url(url, self.jobs.may_be_told)
+            return Webhook(url=url, events=[*events])
+        except Forbidden as error:
+            raise InvalidRequest([(field, str(error))]) from None
+        except ValidationError as error:
+            raise InvalidRequest([(field, error.errors()[0]["msg"])]) from None
 
     async def ended(self, generation: Generation, seconds: float | None = None) -> Generation:
         """As it stands when it has ended, or so many seconds later; as long as clients may wait if none are given."""
@@ -59,23 +100,6 @@ class Desk:
 
     async def fetch(self, id: str) -> Generation:
         return await run_in_threadpool(self.jobs.fetch, id, self.owner)
-
-    async def picture(self, generation: Generation, index: int) -> bytes:
-        """A picture's file."""
-
-        def read() -> bytes:
-            record = self.jobs.record(generation.id, self.owner)
-            return self.jobs.blobs.open(record.meta["images"][index]["key"])
-
-        return await run_in_threadpool(read)
-
-    def url(self, path: str) -> str:
-        """Where anybody who is given it may fetch a file: clients of other services bring no key for that."""
-        query = signed(path, self.owner, self.settings.api_keys)
-        return self.absolute(path) + (f"?{query}" if query else "")
-
-    def absolute(self, path: str) -> str:
-        return str(self.request.base_url).rstrip("/") + path
 
     def card_for(self, task: Task) -> ModelCard:
         """The first model that does such a task; the default if none does, which will then say so."""

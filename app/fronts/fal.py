@@ -14,10 +14,10 @@ from fastapi.responses import JSONResponse
 
 from app import events
 from app.errors import InvalidRequest, NotFound, ServiceError, Unfinished
-from app.fronts.desk import LARGEST, Desk, DeskDep, asked_for, nearest_size, renamed
+from app.fronts.desk import LARGEST, Counter, Desk, DeskDep, asked_for, nearest_size, renamed
 from app.images import MEDIA_TYPES
 from app.routes.generations import json_only
-from app.schemas import Generation, GenerationRequest
+from app.schemas import Generation, GenerationRequest, Status
 from models.catalog import ModelCard
 
 router = APIRouter(prefix="/fal", include_in_schema=False)  # the document of this API is fal's
@@ -34,6 +34,9 @@ SHAPES = {  # of their `image_size`, width to height
 }
 
 
+TOLD: tuple[Status, ...] = ("succeeded", "failed", "canceled", "expired")  # their webhooks: of the end
+
+
 class Failed(ServiceError):
     """A generation that has ended without its pictures."""
 
@@ -44,14 +47,17 @@ class Failed(ServiceError):
 
 
 def error_response(error: ServiceError) -> JSONResponse:
+    return JSONResponse(error_body(error), error.status, error.headers)
+
+
+def error_body(error: ServiceError) -> dict[str, Any]:
     """As fal's clients read it: `detail` is a list where fields are wrong."""
     detail: Any = error.detail
     if error.errors:
         detail = [
             {"loc": ["body", *field.split(".")], "msg": what, "type": "value_error"} for field, what in error.errors
         ]
-    kind = error.kind.replace("-", "_")
-    return JSONResponse({"detail": detail, "error_type": kind}, error.status, error.headers)
+    return {"detail": detail, "error_type": error.kind.replace("-", "_")}
 
 
 def error_of(generation: Generation) -> str | None:
@@ -121,9 +127,7 @@ async def submit(
     priority: PriorityHeader = None,
 ) -> dict[str, Any]:
     """Queue a request."""
-    if fal_webhook is not None:
-        raise InvalidRequest([("fal_webhook", "webhooks are not offered yet: poll the status")])
-    generation = await begun(desk, application.card, body, priority)
+    generation = await begun(desk, application.card, body, priority, fal_webhook)
     return {"request_id": generation.id, **addresses(desk, application.path, generation.id), "queue_position": 0}
 
 
@@ -136,12 +140,18 @@ async def run(
     return await shown(desk, await desk.ended_at_last(await begun(desk, application.card, body, priority)))
 
 
-async def begun(desk: Desk, card: ModelCard, body: Mapping[str, Any], priority: str | None) -> Generation:
+async def begun(
+    desk: Desk, card: ModelCard, body: Mapping[str, Any], priority: str | None, webhook: str | None = None
+) -> Generation:
     asked = translate(card, body)
+    if webhook is not None:
+        if asked.webhook is not None:
+            raise InvalidRequest([("fal_webhook", "there is a `webhook` in the body already")])
+        asked = asked.model_copy(update={"webhook": desk.webhook("fal_webhook", webhook, TOLD)})
     if priority == "low":
         asked = asked.model_copy(update={"priority": "low"})
     try:
-        return await desk.submit(asked)
+        return await desk.submit(asked, shape="darkroom" if webhook is None else "fal")
     except InvalidRequest as error:
         raise renamed(error, names_in(body)) from None
 
@@ -206,7 +216,16 @@ def logged(generation: Generation) -> list[dict[str, Any]]:
     ]
 
 
-async def shown(desk: Desk, generation: Generation) -> dict[str, Any]:
+async def told(desk: Counter, generation: Generation) -> dict[str, Any]:
+    """What their webhook is sent: that, and the answer that the request has."""
+    ids = {"request_id": generation.id, "gateway_request_id": generation.id}
+    try:
+        return {**ids, "status": "OK", "payload": await shown(desk, generation), "error": None}
+    except Failed as error:
+        return {**ids, "status": "ERROR", "payload": error_body(error), "error": error.detail}
+
+
+async def shown(desk: Counter, generation: Generation) -> dict[str, Any]:
     if generation.status != "succeeded":
         raise Failed(generation)
     r, images = generation.parameters, list[dict[str, Any]]()

@@ -21,11 +21,12 @@ from pydantic import BaseModel, ConfigDict
 from app import events
 from app.errors import InvalidRequest, NotFound
 from app.files import file_response
-from app.fronts.desk import Desk, DeskDep, asked_for, nearest_size, renamed
+from app.fronts.desk import Counter, Desk, DeskDep, asked_for, nearest_size, renamed
 from app.jobs import is_id, new_id
 from app.routes.generations import json_only, place, seconds_to_wait
 from app.schemas import PICTURES, Generation, GenerationRequest, Status
 from app.storage import upload_key
+from app.webhooks import secret_for
 from models.catalog import ModelCard
 
 router = APIRouter(prefix="/v1", include_in_schema=False)  # the document of this API is Replicate's
@@ -57,6 +58,12 @@ UNHEEDED = (
     "refine",
     "lora_scale",
 )
+EVENTS: dict[str, tuple[Status, ...]] = {  # of their webhooks; pictures are there when all is
+    "start": ("running",),
+    "output": ("succeeded",),
+    "logs": (),
+    "completed": ("succeeded", "failed", "canceled", "expired"),
+}
 PAGE = 100
 SINCE = datetime(2026, 1, 1, tzinfo=UTC)  # when a model was made is not known
 
@@ -157,11 +164,16 @@ async def streamed(desk: Desk, generation: Generation) -> AsyncIterator[str]:
 async def predicted(
     desk: Desk, body: PredictionRequest, card: ModelCard, response: Response, wait: int, key: str | None
 ) -> dict[str, Any]:
-    if body.webhook is not None:
-        raise InvalidRequest([("webhook", "webhooks are not offered yet: poll, wait, or watch `urls.stream`")])
     asked, unheeded = await translate(desk, card, body.input)
+    unheeded = [f"input.{name}" for name in unheeded]
+    if "logs" in (body.webhook_events_filter or ()):
+        unheeded.append("webhook_events_filter: logs")
+    if events_told := told(body):
+        if asked.webhook is not None:
+            raise InvalidRequest([("webhook", "is in `input` already")])
+        asked = asked.model_copy(update={"webhook": desk.webhook("webhook", body.webhook or "", events_told)})
     try:
-        generation = await desk.submit(asked, key)
+        generation = await desk.submit(asked, key, "replicate" if events_told else "darkroom")
     except InvalidRequest as error:
         raise in_input(renamed(error, names_in(body.input))) from None
     if re.search(r"(?:^|[,;\s])wait\s*(?:$|[,;])", desk.request.headers.get("prefer", "")):  # as their `run` sends it
@@ -172,8 +184,26 @@ async def predicted(
     if prediction["status"] == "processing":
         prediction["status"] = "starting"  # or their `run` takes it for done
     response.headers["Location"] = prediction["urls"]["get"]
-    prediction["logs"] = "".join(f"input.{name} is not heeded\n" for name in unheeded) + prediction["logs"]
+    prediction["logs"] = "".join(f"{name} is not heeded\n" for name in unheeded) + prediction["logs"]
     return prediction
+
+
+def told(body: PredictionRequest) -> list[Status]:
+    """Of what their webhook is told.
+
+    Raises:
+        InvalidRequest: there is no such event, or no webhook.
+    """
+    wanted = body.webhook_events_filter
+    if body.webhook is None:
+        if wanted is not None:
+            raise InvalidRequest([("webhook_events_filter", "needs a `webhook`")])
+        return []
+    if wanted and (strange := [name for name in wanted if name not in EVENTS]):
+        raise InvalidRequest(
+            [("webhook_events_filter", f"there is no {strange[0][:64]!r}; there are {', '.join(EVENTS)}")]
+        )
+    return list(dict.fromkeys(event for name in wanted or ["output", "completed"] for event in EVENTS[name]))
 
 
 async def translate(desk: Desk, card: ModelCard, given: Mapping[str, Any]) -> tuple[GenerationRequest, list[str]]:
@@ -230,13 +260,13 @@ async def fetched(desk: Desk, field: str, value: str) -> str:
     return base64.b64encode(data).decode()
 
 
-def shown(desk: Desk, generation: Generation) -> dict[str, Any]:
+def shown(desk: Counter, generation: Generation) -> dict[str, Any]:
     """A generation, as a prediction."""
     r, id = generation.parameters, generation.id
     done = generation.status in events.ENDED
     timings = generation.timings
     began = generation.created_at.timestamp() + timings["queued"] if "queued" in timings else None
-    given = r.model_dump(exclude_defaults=True, exclude={"model", "task", "metadata", "priority"})
+    given = r.model_dump(exclude_defaults=True, exclude={"model", "task", "metadata", "priority", "webhook"})
     error = generation.error.detail if generation.error else ("it expired" if generation.status == "expired" else None)
     return {
         "id": id,
@@ -268,6 +298,12 @@ def progress_line(step: int, steps: int) -> str:
 
 def written(seconds: float | None) -> str | None:
     return None if seconds is None else datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z")
+
+
+@router.get("/webhooks/default/secret")
+def secret(desk: DeskDep) -> dict[str, str]:
+    """What webhooks are signed with."""
+    return {"key": secret_for(desk.jobs.connection, desk.settings, desk.owner)}
 
 
 # -- models and their versions

@@ -24,6 +24,7 @@ from app.jobs import Jobs, Record
 from app.schemas import PICTURES, Generation, GenerationFilter, GenerationList, GenerationRequest
 from app.settings import Settings
 from app.storage import preview_key
+from app.webhooks import Shape
 
 log = structlog.get_logger()
 
@@ -172,12 +173,17 @@ async def create(
 
 
 async def submitted(
-    request: Request, body: GenerationRequest, owner: str, idempotency_key: str | None
+    request: Request,
+    body: GenerationRequest,
+    owner: str,
+    idempotency_key: str | None,
+    shape: Shape = "darkroom",
+    base: str = "",
 ) -> tuple[Generation, bool]:
     """`Jobs.submit`, in a thread; who brings a picture waits for one of those that decode."""
     brings_pictures = any(getattr(body, field) is not None for field in PICTURES)
     threads = request.app.state.decoders if brings_pictures else None
-    submit = partial(jobs(request).submit, body, owner, idempotency_key)
+    submit = partial(jobs(request).submit, body, owner, idempotency_key, shape, base)
     return await anyio.to_thread.run_sync(submit, limiter=threads)
 
 

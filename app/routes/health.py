@@ -5,6 +5,7 @@ from fastapi.responses import PlainTextResponse
 
 from app import metrics
 from app.routes.generations import JobsDep, Responses, problem
+from app.webhooks import Outbox
 
 NOT_READY: Responses = {503: problem("Redis or the image store does not answer", "Retry-After")}
 
@@ -28,4 +29,6 @@ def readyz(jobs: JobsDep) -> str:
 @router.get("/metrics", operation_id="get_metrics", response_class=PlainTextResponse)
 def scrape(jobs: JobsDep) -> Response:
     """Prometheus metrics, of all processes that share this one's directory; also while Redis is away."""
-    return Response(metrics.render(metrics.Waiting(jobs.waiting)), media_type="text/plain; version=0.0.4")
+    outbox = Outbox(jobs.connection)
+    text = metrics.render(metrics.Waiting(jobs.waiting), metrics.Webhooks(outbox.standing))
+    return Response(text, media_type="text/plain; version=0.0.4")
