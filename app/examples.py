@@ -21,6 +21,7 @@ from app.schemas import (
     ModelStatus,
     Progress,
     ServiceStatus,
+    WebhookSecret,
     WorkerStatus,
 )
 from models.catalog import Catalog
@@ -147,6 +148,7 @@ ANSWERS: dict[str, dict[str, BaseModel | str]] = {
     "get_evaluation": {"200": SCORED},
     "cancel_evaluation": {"200": BEGUN.model_copy(update={"status": "canceled"})},
     "get_status": {"200": STATUS},
+    "get_webhook_secret": {"200": WebhookSecret(secret="whsec_C2FVsBQIhrscChlQIMV+b5sSYspob7oD")},
     "check_liveness": {"200": "ok"},
     "check_readiness": {"200": "ready"},
     "get_metrics": {"200": METRICS},

@@ -9,7 +9,7 @@ from typing import IO, Any, Protocol, TypedDict
 
 from pydantic_core import to_jsonable_python
 
-from app.schemas import PICTURES, Guidance, Lora, OutputFormat, Priority, Task
+from app.schemas import PICTURES, Guidance, Lora, OutputFormat, Priority, Task, Webhook
 
 
 class PillowImage(Protocol):
@@ -55,6 +55,7 @@ class Fields(TypedDict, total=False):
     reproducible: bool | None
     expires_in: int | None
     priority: Priority | None
+    webhook: Webhook | Mapping[str, Any] | None
     metadata: Mapping[str, str] | None
 
 

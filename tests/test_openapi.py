@@ -31,6 +31,7 @@ OPERATIONS = {  # clients are generated with these names: they stay
     "cancel_evaluation": "delete /v1/evaluations/{id}",
     "get_evaluation_file": "get /v1/evaluations/{id}/files/{name}",
     "get_status": "get /v1/status",
+    "get_webhook_secret": "get /v1/webhooks/secret",
     "check_liveness": "get /livez",
     "check_readiness": "get /readyz",
     "get_metrics": "get /metrics",

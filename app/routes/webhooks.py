@@ -10,7 +10,7 @@ from app.webhooks import secret_for
 router = APIRouter(prefix="/v1/webhooks", tags=["webhooks"], responses={key: PROBLEMS[key] for key in (401, 503)})
 
 
-@router.get("/secret")
+@router.get("/secret", operation_id="get_webhook_secret")
 def secret(response: Response, jobs: JobsDep, owner: Owner) -> WebhookSecret:
     """The secret that your webhooks are signed with: for Standard Webhooks' libraries."""
     response.headers["Cache-Control"] = "no-store"
