@@ -51,7 +51,7 @@ def test_a_prompt_becomes_pictures(api: webuiapi.WebUIApi, service: LocalService
 
 def test_what_cannot_be_honoured_is_listed(api: webuiapi.WebUIApi):
     made: Any = api.txt2img(
-        prompt="a (red:1.3) [apple] on a table",
+        prompt="a [dog:cat:0.5] on a (red:1.3) \\(big\\) table",
         steps=2,
         tiling=True,
         restore_faces=True,
@@ -61,7 +61,7 @@ def test_what_cannot_be_honoured_is_listed(api: webuiapi.WebUIApi):
         override_settings={"CLIP_stop_at_last_layers": 2},
         alwayson_scripts={"ADetailer": {"args": [True]}, "Quiet": {"args": []}},
     )
-    assert made.info["prompt"] == "a red apple on a table"
+    assert made.info["prompt"] == "a dog:cat on a (red:1.3) \\(big\\) table"
     assert {
         "tiling",
         "restore_faces",
@@ -70,10 +70,25 @@ def test_what_cannot_be_honoured_is_listed(api: webuiapi.WebUIApi):
         "subseed_strength",
         "override_settings.CLIP_stop_at_last_layers",
         "alwayson_scripts.ADetailer",
-        "weights in the prompt",
+        "prompt editing",
     } <= set(made.info["unheeded"])
     assert "alwayson_scripts.Quiet" not in made.info["unheeded"]
     assert "hr_scale" not in api.txt2img(prompt="a dog", steps=1).info["unheeded"]
+
+
+def test_words_have_weights_where_the_model_has_them(api: webuiapi.WebUIApi, service: LocalService):
+    asked = {"prompt": "a (red:1.3) [apple] \\(ripe\\)", "negative_prompt": "((blue))", "steps": 2, "seed": 1}
+    made: Any = api.txt2img(**asked)
+    assert made.info["unheeded"] == []
+    assert (made.info["prompt"], made.info["negative_prompt"]) == (asked["prompt"], asked["negative_prompt"])
+    assert made.info["infotexts"][0].startswith(f"{asked['prompt']}\nNegative prompt: {asked['negative_prompt']}\n")
+    ours = generation(service, made.info["job_id"])["parameters"]
+    assert (ours["prompt"], ours["prompt_weights"]) == (asked["prompt"], True)
+    plain: Any = api.txt2img(**asked | {"prompt": "a red apple", "negative_prompt": ""})
+    assert generation(service, plain.info["job_id"])["parameters"]["prompt_weights"] is False
+    without: Any = api.txt2img(**asked, override_settings={"sd_model_checkpoint": "emoji-glide"})
+    assert without.info["unheeded"] == ["weights in the prompt"]
+    assert (without.info["prompt"], without.info["negative_prompt"]) == ("a red apple (ripe)", "blue")
 
 
 def test_a_picture_is_drawn_anew_and_only_where_the_mask_is_white(api: webuiapi.WebUIApi, service: LocalService):
@@ -160,6 +175,8 @@ def test_progress_is_seen_and_an_interruption_gives_what_there_is(api: webuiapi.
         ({"batch_size": 1000}, "batch_size"),
         ({"override_settings": {"sd_model_checkpoint": "nope"}}, "override_settings.sd_model_checkpoint"),
         ({"prompt": ""}, "prompt"),
+        ({"prompt": "a (dog:5)"}, "prompt"),
+        ({"negative_prompt": "a (dog:-1)"}, "negative_prompt"),
         ({"prompt": "a dog <lora:nope:0.5>"}, "loras.0.name"),
         ({"width": -1}, "width"),
         ({"steps": -1}, "steps"),
