@@ -4,8 +4,6 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -15,7 +13,6 @@ from PIL import Image
 
 from app.fronts.a1111 import facts
 from app.local import LocalService
-from tests.conftest import local_settings
 
 
 def api_of(service: LocalService) -> webuiapi.WebUIApi:
@@ -205,14 +202,3 @@ def test_other_mistakes_are_told_in_the_web_uis_way(api: webuiapi.WebUIApi, serv
 
 def test_a_text_that_is_no_infotext_is_given_as_it_stands():
     assert facts('a dog\nSteps: 2, Note: "\\q", Seed: 5') == {"Steps": "2", "Note": '"\\q"', "Seed": "5"}
-
-
-def test_a_password_is_a_key(tmp_path: Path):
-    keys = (("ada", sha256(b"secret").hexdigest()),)
-    with LocalService(local_settings(tmp_path, api_keys=keys, models=("emoji-sd",))) as service:
-        api = api_of(service)
-        with pytest.raises(RuntimeError) as refused:
-            api.txt2img(prompt="a dog", steps=1)
-        assert refused.value.args[0] == 401
-        api.set_auth("whoever", "secret")
-        assert len(api.txt2img(prompt="a dog", steps=1).images) == 1

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from pydantic import BaseModel, ConfigDict, Field
 
 from app.errors import InvalidRequest, ServiceError
-from app.fronts.desk import LARGEST, Desk, DeskDep, asked_for, nearest_size, renamed
+from app.fronts.desk import LARGEST, Desk, DeskDep, asked_for, nearest_size, renamed, unsuccessful
 from app.images import SAMPLERS, parameters_text, png_bytes, read_image, read_text
 from app.routes.generations import json_only
 from app.schemas import Generation, GenerationRequest
@@ -150,8 +150,7 @@ async def drawn(desk: Desk, body: Drawing, pictures: Mapping[str, str]) -> dict[
     elif generation.status == "succeeded":
         files = [await desk.picture(generation, i) for i in range(len(generation.images))]
     else:
-        why = generation.error.detail if generation.error else f"the generation has {generation.status}"
-        raise ServiceError(why)
+        raise ServiceError(unsuccessful(generation))
     return {
         "images": [] if body.send_images is False else [base64.b64encode(file).decode() for file in files],
         "parameters": body.model_dump(),
@@ -277,9 +276,8 @@ def prompted(card: ModelCard, prompt: str, negative_prompt: str, unheeded: list[
         return {name: text.replace("\\", "") for name, text in plain.items()}
     unedited = {name: EDITING.sub(lambda found: WEIGHT.sub("", found[0]), text) for name, text in given.items()}
     unheeded += ["prompt editing"] if unedited != given else []
-    return unedited | (
-        {"prompt_weights": True} if any(re.search(r"[()\[\]\\]", text) for text in unedited.values()) else {}
-    )
+    weighs = any(mark in text for text in unedited.values() for mark in "()[]\\")
+    return unedited | {"prompt_weights": weighs}
 
 
 def followed(card: ModelCard, body: Drawing, unheeded: list[str]) -> dict[str, Any]:
@@ -518,7 +516,7 @@ async def extra_single_image(body: Enlarging, desk: DeskDep) -> dict[str, Any]:
     except InvalidRequest as error:
         raise renamed(error, {"task": "upscaler_1"}) from None
     if generation.status != "succeeded":
-        raise ServiceError(generation.error.detail if generation.error else f"it has {generation.status}")
+        raise ServiceError(unsuccessful(generation))
     image = generation.images[0]
     html = f"<p>{card.name}: {image.width}×{image.height}</p>"
     return {"image": base64.b64encode(await desk.picture(generation, 0)).decode(), "html_info": html}
