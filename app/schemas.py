@@ -122,6 +122,11 @@ class GenerationRequest(BaseModel, frozen=True):
         "Variations and interpolations of pictures do without.",
     )
     negative_prompt: Text = Field("", description="What to steer away from; needs guidance_scale > 1.")
+    prompt_weights: bool = Field(
+        False,
+        description="Brackets in the prompts are weights: `(word:1.3)`, `(word)` for 1.1, `[word]` for 1 / 1.1. With a "
+        "backslash before it, one is text.",
+    )
     n: int = Field(1, ge=1, description="How many pictures; picture i has the seed `seed + i`.")
     best_of: int = Field(
         1, ge=1, description="Draw so many for each picture, and keep the one that CLIP finds most like the prompt."
@@ -360,6 +365,7 @@ class Model(Answer):
     classes: list[str] = Field([], description="What a class-conditional model draws: its prompts are these.")
     needs: list[Guiding] = Field([], description="Pictures that its requests must bring, and others may not.")
     loras: list[str] = Field([], description="LoRA adapters, by the names that requests call them.")
+    prompt_weights: bool = Field(False, description="Whether words of a prompt may have weights.")
     size: Size
     video: ModelVideo | None = None
     limits: ModelLimits

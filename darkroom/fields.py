@@ -28,6 +28,7 @@ class Fields(TypedDict, total=False):
     model: str | None
     task: Task | None
     negative_prompt: str | None
+    prompt_weights: bool | None
     n: int | None
     best_of: int | None
     width: int | None

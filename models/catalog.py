@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from app.schemas import GenerationRequest, Guide, Guiding, Model, ModelDefaults, ModelLimits, ModelVideo, Size, Task
+from models.weighting import HEAVIEST, fragments
 
 CARDS = Path(__file__).parent / "cards"
 WEIGHTS = Path(__file__).parent / "weights"
@@ -96,6 +97,7 @@ class Sampling(Strict):
 
 VIDEO: dict[Task, Task] = {"text-to-image": "text-to-video", "image-to-image": "image-to-video"}
 ADAPTABLE = ("stable-diffusion", "diffusers")  # families whose programs put adapters on
+WEIGHABLE = ("stable-diffusion",)  # families whose programs weigh words
 GUIDED_BY: dict[str, tuple[Guiding, str]] = {  # parts of a model that look at a picture of the request's
     "controlnet": ("control_image", "ControlNet"),  # Zhang et al. 2023
     "ip_adapter": ("ip_adapter_image", "IP-Adapter"),  # Ye et al. 2023
@@ -118,6 +120,7 @@ class ModelCard(Strict):
     classes: list[str] = []  # of a class-conditional model, which draws nothing else
     parts: dict[str, str] = {}  # what it has beside the source: a `place_of`, or `hub:repository[/path]@revision`
     loras: dict[str, str] = {}  # adapters that requests may ask for: places as of `parts`
+    prompt_weights: bool = False  # words may have weights
     sampling: Sampling | None = None  # of models that write codes, one a step: they take no other number of steps
     stages: dict[str, Stage] = {}  # beside the one that a request decides: unCLIP's prior, a cascade's upsampler
     size: Size
@@ -136,6 +139,8 @@ class ModelCard(Strict):
         ordinary = GenerationRequest.model_validate({"prompt": "an ordinary one", **size, **defaults})
         if self.loras and self.family not in ADAPTABLE:
             raise ValueError(f"loras: the family {self.family} has none; {' and '.join(ADAPTABLE)} have")
+        if self.prompt_weights and self.family not in WEIGHABLE:
+            raise ValueError(f"prompt_weights: the family {self.family} has none; {' and '.join(WEIGHABLE)} has")
         for part in GUIDED_BY:
             if part in self.parts and self.family != "diffusers":
                 raise ValueError(f"parts.{part}: the family {self.family} has none; diffusers has")
@@ -172,6 +177,7 @@ class ModelCard(Strict):
         kind = self.kind(request)
         yield from self._limit_problems(request)
         yield from self._video_problems(request)
+        yield from self._weight_problems(request)
         yield from request.problems(kind)
         if kind not in self.tasks:
             yield self._what_made_it(request), f"{self.name} does not do {kind}"
@@ -212,6 +218,16 @@ class ModelCard(Strict):
             yield "num_inference_steps", f"{self.name} always takes {steps}"
         if request.scheduler is not None and request.scheduler not in self.schedulers:
             yield "scheduler", f"{self.name} has no {request.scheduler!r}; it has {', '.join(self.schedulers)}"
+
+    def _weight_problems(self, request: GenerationRequest) -> Iterator[tuple[str, str]]:
+        if not request.prompt_weights:
+            return
+        if not self.prompt_weights:
+            yield "prompt_weights", f"{self.name} has none: it takes brackets for what they are"
+        for field in ("prompt", "negative_prompt"):
+            for text, weight in fragments(getattr(request, field) or ""):
+                if not 0 <= weight <= HEAVIEST:
+                    yield field, f"weights are from 0 to {HEAVIEST:g}, and {text.strip()[:64]!r} has {weight:g}"
 
     def _video_problems(self, request: GenerationRequest) -> Iterator[tuple[str, str]]:
         frames, output_format = request.num_frames, request.output_format

@@ -79,3 +79,17 @@ def gradient(objective: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def over(scalars: Tensor, x: Tensor) -> Tensor:
     """[rows] shaped to multiply [rows, …]."""
     return scalars.view(-1, *[1] * (x.ndim - 1))
+
+
+def weighted(states: Tensor, weights: Tensor) -> Tensor:
+    """The states of a prompt's words, each as heavy as it was asked for: as the AUTOMATIC1111 web UI does it.
+
+    Weighing moves the mean of a prompt's states, which is then restored; of each prompt its own, so that no neighbour
+    counts. In float64: the mean may be a thousandth of their size. Weights of 1 change nothing.
+
+    Args:
+        states: [rows, tokens, width]; weights: [rows, tokens].
+    """
+    exact = states.double()
+    heavy = exact * weights[..., None]
+    return (heavy * (exact.mean((1, 2), keepdim=True) / heavy.mean((1, 2), keepdim=True))).to(states.dtype)

@@ -13,6 +13,7 @@ from models import guidance
 from models.catalog import ModelCard
 from models.program import BUCKETS, Call, Net
 from models.sampling import Steering, Told
+from models.weighting import fragments, words
 
 UNCONDITIONAL_THEN_CONDITIONAL = (torch.tensor([0, -1]), torch.tensor([1, 0]))  # where each row finds its pair
 ALONE = (torch.tensor([0]), torch.tensor([0]))
@@ -88,13 +89,15 @@ class Guided:
     def steered_by(self, r: Parameters) -> Generator[Call, Any, Steering | None]:
         if not r.guidance.clip:
             return None
-        caption = yield Call(self.caption_encoder, {"input_ids": self.tokens([r.prompt])}, 1)
+        caption = yield Call(self.caption_encoder, {"input_ids": self.tokens([plainly(r).prompt])}, 1)
         return Steering(self.steering, {"caption": caption}, r.guidance.clip)
 
     def conditioning(self, r: Parameters) -> Generator[Call, Any, Tensor]:
         """What the denoiser is told: [rows, tokens, width], the unconditional row first if there is one."""
         texts = [r.negative_prompt, r.prompt] if r.guidance_scale > 1 else [r.prompt]
-        return (yield Call(self.dressed(self.text_encoder, r), {"input_ids": self.tokens(texts)}, len(texts)))
+        ids, weights = self.weighed(texts) if r.prompt_weights else (self.tokens(texts), None)
+        states = yield Call(self.dressed(self.text_encoder, r), {"input_ids": ids}, len(texts))
+        return states if weights is None else guidance.weighted(states, weights.to(self.device))
 
     def dressed(self, net: Net, r: Parameters) -> Net:
         """The net with the adapters that the request asks for; a family without them has no other."""
@@ -108,13 +111,36 @@ class Guided:
             texts, padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
         ).input_ids
 
+    def weighed(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """[prompts, tokens], and what each of these weighs: see `models.weighting`."""
+        taken_apart = [fragments(prompt) for prompt in prompts]
+        found = self.tokenizer(
+            [[fragment.text for fragment in some] for some in taken_apart],
+            is_split_into_words=True,
+            padding="max_length",
+            max_length=self.length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        weights = [
+            [1.0 if i is None else some[i].weight for i in found.word_ids(row)] for row, some in enumerate(taken_apart)
+        ]
+        return found.input_ids, torch.tensor(weights)
+
     def warnings(self, r: Parameters) -> list[str]:
         """What of the prompts the text encoder will not see."""
-        return unseen(r, self.tokenizer, self.length)
+        return unseen(plainly(r), self.tokenizer, self.length)
 
     def noise(self, shape: tuple[int, ...], rng: torch.Generator) -> Tensor:
         """Drawn in the model's dtype, as the stock pipelines do, then float32."""
         return randn_tensor(shape, generator=rng, device=self.device, dtype=self.dtype).float()
+
+
+def plainly(r: Parameters) -> Parameters:
+    """The request, with nothing but words in its prompts."""
+    if not r.prompt_weights:
+        return r
+    return r.model_copy(update={"prompt": words(r.prompt), "negative_prompt": words(r.negative_prompt)})
 
 
 def skipped_steps(r: Parameters) -> int:

@@ -4,8 +4,6 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -15,7 +13,6 @@ from PIL import Image
 
 from app.fronts.a1111 import facts
 from app.local import LocalService
-from tests.conftest import local_settings
 
 
 def api_of(service: LocalService) -> webuiapi.WebUIApi:
@@ -51,7 +48,7 @@ def test_a_prompt_becomes_pictures(api: webuiapi.WebUIApi, service: LocalService
 
 def test_what_cannot_be_honoured_is_listed(api: webuiapi.WebUIApi):
     made: Any = api.txt2img(
-        prompt="a (red:1.3) [apple] on a table",
+        prompt="a [dog:cat:0.5] on a (red:1.3) \\(big\\) table",
         steps=2,
         tiling=True,
         restore_faces=True,
@@ -61,7 +58,7 @@ def test_what_cannot_be_honoured_is_listed(api: webuiapi.WebUIApi):
         override_settings={"CLIP_stop_at_last_layers": 2},
         alwayson_scripts={"ADetailer": {"args": [True]}, "Quiet": {"args": []}},
     )
-    assert made.info["prompt"] == "a red apple on a table"
+    assert made.info["prompt"] == "a dog:cat on a (red:1.3) \\(big\\) table"
     assert {
         "tiling",
         "restore_faces",
@@ -70,10 +67,25 @@ def test_what_cannot_be_honoured_is_listed(api: webuiapi.WebUIApi):
         "subseed_strength",
         "override_settings.CLIP_stop_at_last_layers",
         "alwayson_scripts.ADetailer",
-        "weights in the prompt",
+        "prompt editing",
     } <= set(made.info["unheeded"])
     assert "alwayson_scripts.Quiet" not in made.info["unheeded"]
     assert "hr_scale" not in api.txt2img(prompt="a dog", steps=1).info["unheeded"]
+
+
+def test_words_have_weights_where_the_model_has_them(api: webuiapi.WebUIApi, service: LocalService):
+    asked = {"prompt": "a (red:1.3) [apple] \\(ripe\\)", "negative_prompt": "((blue))", "steps": 2, "seed": 1}
+    made: Any = api.txt2img(**asked)
+    assert made.info["unheeded"] == []
+    assert (made.info["prompt"], made.info["negative_prompt"]) == (asked["prompt"], asked["negative_prompt"])
+    assert made.info["infotexts"][0].startswith(f"{asked['prompt']}\nNegative prompt: {asked['negative_prompt']}\n")
+    ours = generation(service, made.info["job_id"])["parameters"]
+    assert (ours["prompt"], ours["prompt_weights"]) == (asked["prompt"], True)
+    plain: Any = api.txt2img(**asked | {"prompt": "a red apple", "negative_prompt": ""})
+    assert generation(service, plain.info["job_id"])["parameters"]["prompt_weights"] is False
+    without: Any = api.txt2img(**asked, override_settings={"sd_model_checkpoint": "emoji-glide"})
+    assert without.info["unheeded"] == ["weights in the prompt"]
+    assert (without.info["prompt"], without.info["negative_prompt"]) == ("a red apple (ripe)", "blue")
 
 
 def test_a_picture_is_drawn_anew_and_only_where_the_mask_is_white(api: webuiapi.WebUIApi, service: LocalService):
@@ -160,6 +172,8 @@ def test_progress_is_seen_and_an_interruption_gives_what_there_is(api: webuiapi.
         ({"batch_size": 1000}, "batch_size"),
         ({"override_settings": {"sd_model_checkpoint": "nope"}}, "override_settings.sd_model_checkpoint"),
         ({"prompt": ""}, "prompt"),
+        ({"prompt": "a (dog:5)"}, "prompt"),
+        ({"negative_prompt": "a (dog:-1)"}, "negative_prompt"),
         ({"prompt": "a dog <lora:nope:0.5>"}, "loras.0.name"),
         ({"width": -1}, "width"),
         ({"steps": -1}, "steps"),
@@ -188,14 +202,3 @@ def test_other_mistakes_are_told_in_the_web_uis_way(api: webuiapi.WebUIApi, serv
 
 def test_a_text_that_is_no_infotext_is_given_as_it_stands():
     assert facts('a dog\nSteps: 2, Note: "\\q", Seed: 5') == {"Steps": "2", "Note": '"\\q"', "Seed": "5"}
-
-
-def test_a_password_is_a_key(tmp_path: Path):
-    keys = (("ada", sha256(b"secret").hexdigest()),)
-    with LocalService(local_settings(tmp_path, api_keys=keys, models=("emoji-sd",))) as service:
-        api = api_of(service)
-        with pytest.raises(RuntimeError) as refused:
-            api.txt2img(prompt="a dog", steps=1)
-        assert refused.value.args[0] == 401
-        api.set_auth("whoever", "secret")
-        assert len(api.txt2img(prompt="a dog", steps=1).images) == 1

@@ -11,6 +11,7 @@ from models.catalog import Catalog
 from models.class_conditional import ClassConditional
 from models.loading import load_parts, load_pipeline
 from models.scoring import Judge
+from models.training.classes import begin
 from tests.test_journal import resumed_with_the_same_bytes
 from tests.test_stable_diffusion import NOTHING, alone, as_image, run_out, threads
 from tests.test_stable_diffusion import asked as asked_of_sd
@@ -104,6 +105,20 @@ def test_outside_of_its_interval_guidance_costs_nothing(shipped: ClassConditiona
     r = asked(num_inference_steps=4, guidance_scale=3.0, guidance={"interval": [0.25, 0.75]}, width=64, height=64)
     run_out(engine, engine.submit(shipped.draw(r, 0, NOTHING)))
     assert rows == [1, 2, 2, 1]
+
+
+def test_a_denoiser_of_its_own_is_told_the_number_of_the_class():
+    torch.manual_seed(0)
+    parts = load_parts(CARD, "cpu") | {"denoiser": begin(len(CARD.classes)).eval()}
+    own = ClassConditional(CARD, load_pipeline(CARD, "cpu"), parts)
+    told = list[torch.Tensor]()
+    parts["denoiser"].class_embedding.register_forward_hook(lambda _, given, __: told.append(given[0]))
+    brief = {"num_inference_steps": 2, "guidance_scale": 3.0, "width": 64, "height": 64}
+    requests = [asked(prompt=name, **brief) for name in ("dog", "cat")]
+    together = drawn(own, [(r, NOTHING) for r in requests])
+    assert told[0].tolist() == [0, 1 + CARD.classes.index("dog"), 0, 1 + CARD.classes.index("cat")]
+    for r, one in zip(requests, together, strict=True):
+        torch.testing.assert_close(one, alone(own, r), atol=1e-5, rtol=0)
 
 
 def test_half_precision_weights_steer_full_precision_samples(shipped: ClassConditional):

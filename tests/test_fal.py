@@ -145,7 +145,7 @@ def test_it_is_a_generation_of_low_priority_whose_logs_say_what_was_not_heeded(a
 def test_it_is_canceled(asked: Any, service: LocalService):
     said = asked(how="cancel", num_inference_steps=100, num_images=8, image_size={"width": 256, "height": 256})
     assert said["result"][0] == "generation_failed"
-    assert said["error"] == "the request was canceled"
+    assert said["error"] == "it was canceled"
     assert httpx2.get(f"{service.url}/v1/generations/{said['id']}").json()["status"] == "canceled"
 
 

@@ -273,24 +273,6 @@ def test_models_are_listed_for_openais_client_as_well(client: OpenAI):
         client.models.retrieve("dall-e-3")
 
 
-def test_with_keys_only_those_who_have_one_draw_and_urls_need_none(tmp_path: Path):
-    keys = (("ada", sha256(b"secret").hexdigest()), ("bob", sha256(b"other").hexdigest()))
-    settings = local_settings(tmp_path, api_keys=keys, models=("emoji-sd",))
-    with LocalService(settings) as service:
-        with pytest.raises(openai.AuthenticationError) as refused:
-            OpenAI(base_url=f"{service.url}/v1", api_key="wrong").images.generate(prompt="a dog")
-        assert refused.value.code == "invalid_api_key"
-        client = OpenAI(base_url=f"{service.url}/v1", api_key="secret")
-        made: Any = client.images.generate(prompt="a dog", response_format="url", extra_body=BRIEF)
-        url = made.data[0].url
-        assert httpx2.get(url).status_code == 200
-        assert httpx2.get(url.partition("?")[0]).status_code == 401
-        assert httpx2.get(url.replace("for=ada", "for=bob")).status_code == 401
-        assert httpx2.get(url.partition("&")[0] + "&signature=%C3%A4").status_code == 401
-        assert httpx2.get(url.replace("/images/0", "/images/1")).status_code == 401
-        assert httpx2.delete(url).status_code == 401
-
-
 # -- the client of yesterday
 
 SCRIPT = """

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from pydantic import BaseModel, ConfigDict, Field
 
 from app.errors import InvalidRequest, ServiceError
-from app.fronts.desk import LARGEST, Desk, DeskDep, asked_for, nearest_size, renamed
+from app.fronts.desk import LARGEST, Desk, DeskDep, asked_for, nearest_size, renamed, unsuccessful
 from app.images import SAMPLERS, parameters_text, png_bytes, read_image, read_text
 from app.routes.generations import json_only
 from app.schemas import Generation, GenerationRequest
@@ -32,6 +32,7 @@ MARK = {"front": "a1111"}  # in a generation's metadata: what came through here
 PREVIEWS = 8  # of a picture on its way
 LORA = re.compile(r"<lora:([^:>]+)(?::(-?\d+(?:\.\d+)?))?>")
 WEIGHT = re.compile(r"(?<!\\)[()\[\]]|(?<=\S):[\d.]+(?=[)\]])")  # brackets, and the numbers in them
+EDITING = re.compile(r"(?<!\\)\[(?:[^\[\]():|]|\([^()\[\]]*\))*[:|][^\[\]]*\]")  # [from:to:when], [one|another]
 NAMES = {  # what ours are made of
     "num_inference_steps": "steps",
     "guidance_scale": "cfg_scale",
@@ -149,8 +150,7 @@ async def drawn(desk: Desk, body: Drawing, pictures: Mapping[str, str]) -> dict[
     elif generation.status == "succeeded":
         files = [await desk.picture(generation, i) for i in range(len(generation.images))]
     else:
-        why = generation.error.detail if generation.error else f"the generation has {generation.status}"
-        raise ServiceError(why)
+        raise ServiceError(unsuccessful(generation))
     return {
         "images": [] if body.send_images is False else [base64.b64encode(file).decode() for file in files],
         "parameters": body.model_dump(),
@@ -168,16 +168,12 @@ def translate(desk: Desk, body: Drawing, pictures: Mapping[str, str]) -> tuple[G
     card = checkpoint(desk, body)
     prompt, loras = without_loras(body.prompt or "")
     negative_prompt, _ = without_loras(body.negative_prompt or "")
-    if prompt != (prompt := WEIGHT.sub("", prompt)) or negative_prompt != (
-        negative_prompt := WEIGHT.sub("", negative_prompt)
-    ):
-        unheeded.append("weights in the prompt")
+    prompts = prompted(card, prompt, negative_prompt, unheeded)
     steps = min(body.steps, card.limits.num_inference_steps) if body.steps else None
     width, height = nearest_size(card, body.width or card.size.width, body.height or card.size.height)
     asked: dict[str, Any] = {
         "model": card.name,
-        "prompt": prompt.replace("\\", ""),
-        "negative_prompt": negative_prompt.replace("\\", ""),
+        **prompts,
         "loras": loras,
         "seed": body.seed if body.seed is not None and body.seed >= 0 else None,
         "n": (body.batch_size or 1) * (body.n_iter or 1),
@@ -269,6 +265,19 @@ def without_loras(prompt: str) -> tuple[str, list[dict[str, Any]]]:
     """The prompt, and the adapters that `<lora:name:scale>` asks for."""
     loras = [{"name": name, "scale": float(scale or 1.0)} for name, scale in LORA.findall(prompt)]
     return re.sub(r"\s+", " ", LORA.sub("", prompt)).strip(), loras
+
+
+def prompted(card: ModelCard, prompt: str, negative_prompt: str, unheeded: list[str]) -> dict[str, Any]:
+    """The prompts, with their weights where the model has such."""
+    given = {"prompt": prompt, "negative_prompt": negative_prompt}
+    if not card.prompt_weights:
+        plain = {name: WEIGHT.sub("", text) for name, text in given.items()}
+        unheeded += ["weights in the prompt"] if plain != given else []
+        return {name: text.replace("\\", "") for name, text in plain.items()}
+    unedited = {name: EDITING.sub(lambda found: WEIGHT.sub("", found[0]), text) for name, text in given.items()}
+    unheeded += ["prompt editing"] if unedited != given else []
+    weighs = any(mark in text for text in unedited.values() for mark in "()[]\\")
+    return unedited | {"prompt_weights": weighs}
 
 
 def followed(card: ModelCard, body: Drawing, unheeded: list[str]) -> dict[str, Any]:
@@ -507,7 +516,7 @@ async def extra_single_image(body: Enlarging, desk: DeskDep) -> dict[str, Any]:
     except InvalidRequest as error:
         raise renamed(error, {"task": "upscaler_1"}) from None
     if generation.status != "succeeded":
-        raise ServiceError(generation.error.detail if generation.error else f"it has {generation.status}")
+        raise ServiceError(unsuccessful(generation))
     image = generation.images[0]
     html = f"<p>{card.name}: {image.width}×{image.height}</p>"
     return {"image": base64.b64encode(await desk.picture(generation, 0)).decode(), "html_info": html}

@@ -136,6 +136,13 @@ def renamed(error: InvalidRequest, names: Mapping[str, str]) -> InvalidRequest:
     return InvalidRequest([(dotted(field.split("."), names), what) for field, what in error.errors])
 
 
+def unsuccessful(generation: Generation) -> str:
+    """Why a generation that has ended has no pictures."""
+    if generation.error:
+        return generation.error.detail
+    return "it has expired" if generation.status == "expired" else f"it was {generation.status}"
+
+
 def nearest_size(card: ModelCard, width: int, height: int) -> tuple[int, int]:
     """What the model draws that is most like it: itself, if it can; else the same shape at the model's own area."""
     size = card.size

@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 
 from app import events
 from app.errors import InvalidRequest, NotFound, ServiceError, Unfinished
-from app.fronts.desk import LARGEST, Counter, Desk, DeskDep, asked_for, nearest_size, renamed
+from app.fronts.desk import LARGEST, Counter, Desk, DeskDep, asked_for, nearest_size, renamed, unsuccessful
 from app.images import MEDIA_TYPES
 from app.routes.generations import json_only
 from app.schemas import Generation, GenerationRequest, Status
@@ -43,7 +43,7 @@ class Failed(ServiceError):
     status, kind = 422, "generation_failed"
 
     def __init__(self, generation: Generation):
-        super().__init__(error_of(generation) or "", headers={"x-fal-error-type": self.kind})
+        super().__init__(unsuccessful(generation), headers={"x-fal-error-type": self.kind})
 
 
 def error_response(error: ServiceError) -> JSONResponse:
@@ -58,12 +58,6 @@ def error_body(error: ServiceError) -> dict[str, Any]:
             {"loc": ["body", *field.split(".")], "msg": what, "type": "value_error"} for field, what in error.errors
         ]
     return {"detail": detail, "error_type": error.kind.replace("-", "_")}
-
-
-def error_of(generation: Generation) -> str | None:
-    if generation.status in ("queued", "running", "succeeded"):
-        return None
-    return generation.error.detail if generation.error else f"the request was {generation.status}"
 
 
 class Application(NamedTuple):
@@ -94,7 +88,7 @@ def status(owner: str, app: str, id: str, desk: DeskDep, logs: bool = False) -> 
     if generation.status == "running":
         return {"status": "IN_PROGRESS", "logs": lines, **told}
     metrics = {"inference_time": generation.timings.get("running")}
-    failed = {"error": error, "error_type": "generation_failed"} if (error := error_of(generation)) else {}
+    failed = {"error": unsuccessful(generation), "error_type": Failed.kind} if generation.status != "succeeded" else {}
     return {"status": "COMPLETED", "logs": lines, "metrics": metrics, **failed, **told}
 
 

@@ -21,7 +21,7 @@ from starlette.datastructures import FormData, UploadFile
 
 from app import events
 from app.errors import InvalidRequest, NotFound, ServiceError, TooManyListeners
-from app.fronts.desk import Desk, DeskDep, asked_for, dotted, nearest_size, renamed
+from app.fronts.desk import Desk, DeskDep, asked_for, dotted, nearest_size, renamed, unsuccessful
 from app.images import alpha_as_mask
 from app.routes.generations import json_only
 from app.schemas import Generation, GenerationRequest, Task
@@ -76,8 +76,7 @@ class NotDrawn(ServiceError):
     status, kind = 500, "generation-failed"
 
     def __init__(self, generation: Generation):
-        why = generation.error.detail if generation.error else f"the generation has {generation.status}"
-        super().__init__(why, headers={"x-should-retry": "false"})
+        super().__init__(unsuccessful(generation), headers={"x-should-retry": "false"})
 
 
 def error_response(error: ServiceError) -> JSONResponse:

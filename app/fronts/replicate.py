@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict
 from app import events
 from app.errors import InvalidRequest, NotFound
 from app.files import file_response
-from app.fronts.desk import Counter, Desk, DeskDep, asked_for, nearest_size, renamed
+from app.fronts.desk import Counter, Desk, DeskDep, asked_for, nearest_size, renamed, unsuccessful
 from app.jobs import is_id, new_id
 from app.routes.generations import json_only, place, seconds_to_wait
 from app.schemas import PICTURES, Generation, GenerationRequest, Status
@@ -156,7 +156,7 @@ async def streamed(desk: Desk, generation: Generation) -> AsyncIterator[str]:
     for i, image in enumerate(done.images):
         yield sent(f"{done.id}-{i}", "output", desk.url(image.url))
     if done.status == "failed":
-        yield sent(f"{done.id}-error", "error", json.dumps({"detail": done.error.detail if done.error else ""}))
+        yield sent(f"{done.id}-error", "error", json.dumps({"detail": unsuccessful(done)}))
     reason = {"canceled": {"reason": "canceled"}, "failed": {"reason": "error"}}.get(STATUS[done.status], {})
     yield sent(f"{done.id}-done", "done", json.dumps(reason))
 
@@ -267,7 +267,6 @@ def shown(desk: Counter, generation: Generation) -> dict[str, Any]:
     timings = generation.timings
     began = generation.created_at.timestamp() + timings["queued"] if "queued" in timings else None
     given = r.model_dump(exclude_defaults=True, exclude={"model", "task", "metadata", "priority", "webhook"})
-    error = generation.error.detail if generation.error else ("it expired" if generation.status == "expired" else None)
     return {
         "id": id,
         "model": f"{OWNER}/{generation.model}",
@@ -276,7 +275,7 @@ def shown(desk: Counter, generation: Generation) -> dict[str, Any]:
         "input": given,
         "output": [desk.url(image.url) for image in generation.images] or None,
         "logs": progress_line(generation.progress.step, generation.progress.steps) if generation.progress else "",
-        "error": error,
+        "error": unsuccessful(generation) if generation.status in ("failed", "expired") else None,
         "metrics": {"predict_time": timings["running"]} if "running" in timings else {},
         "created_at": written(generation.created_at.timestamp()),
         "started_at": written(began),
