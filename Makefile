@@ -33,7 +33,7 @@ up: setup
 	@.venv/bin/darkroom up --with-parent
 
 test: setup
-	@.venv/bin/pytest -n 2 --dist loadfile --ignore tests/test_contract.py
+	@.venv/bin/pytest -n 3 --dist loadfile --ignore tests/test_contract.py
 	@.venv/bin/pytest tests/test_contract.py # whose cases share a name, which is all that two processes go by
 
 check: setup
