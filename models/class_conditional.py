@@ -1,8 +1,8 @@
 """Class-conditional diffusion with classifier guidance (Dhariwal & Nichol 2021).
 
 The prompt is the name of a class. A denoiser of the card's parts is told its number; without one, the pipeline's is
-told what its text encoder makes of the name. The classifier is the noise-aware CLIP over the captions of all classes: its
-gradient says where a half-denoised picture becomes more like its class, and less like the others.
+told what its text encoder makes of the name. The classifier is the noise-aware CLIP over the captions of all classes:
+its gradient says where a half-denoised picture becomes more like its class, and less like the others.
 """
 
 from collections.abc import Generator, Mapping
