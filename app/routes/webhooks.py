@@ -7,7 +7,7 @@ from app.routes.generations import PROBLEMS, JobsDep
 from app.schemas import WebhookSecret
 from app.webhooks import secret_for
 
-router = APIRouter(prefix="/v1/webhooks", tags=["webhooks"], responses={key: PROBLEMS[key] for key in (401, 503)})
+router = APIRouter(prefix="/v1/webhooks", tags=["webhooks"], responses=PROBLEMS)
 
 
 @router.get("/secret", operation_id="get_webhook_secret")
