@@ -169,6 +169,8 @@ class Jobs:
         pictures = self._pictures(request)
         parameters = complete(request, card, pictures)
         self._refuse_if_full(card)
+        if hook:
+            self._refuse_if_nobody_is_told()
         self._store(id, pictures)
         if first := self._enqueue(id, parameters, owner, hook, token):
             return self.fetch(first, owner), True
@@ -232,6 +234,11 @@ class Jobs:
             after = max(too_long, seconds_for(1, paces) or 10.0)
             raise QueueFull(f"{waiting} generations are waiting for {card.name}; nothing was accepted", after)
 
+    def _refuse_if_nobody_is_told(self) -> None:
+        """What waits for a receiver takes memory for days; a 202 must not promise what there is no room for."""
+        if (pending := self.connection.zcard(webhooks.DUE)) >= webhooks.MOST_PENDING:
+            raise QueueFull(f"{pending} webhooks wait to be delivered; nothing was accepted", 60)
+
     def _enqueue(
         self, id: str, parameters: Parameters, owner: str, hook: webhooks.Hook | None, token: "Token | None"
     ) -> str | None:
@@ -266,6 +273,8 @@ class Jobs:
             if hook:
                 hook.write(pipe, id)
                 webhooks.tell(pipe, id, "queued")
+                if parameters.expires_in:
+                    pipe.zadd(webhooks.EXPIRING, {id: time.time() + parameters.expires_in})
             pipe.zadd(index_key(owner), {id: 0})
             pipe.zremrangebylex(index_key(owner), "-", f"({new_id(time.time() - LISTED_FOR.total_seconds())[:12]}")
             if token:
@@ -274,6 +283,15 @@ class Jobs:
             return None
 
         return atomically(self.connection, write, job.key, *([token.key] if token else []))
+
+    def expire(self) -> None:
+        """End what nobody wants any more and somebody is to be told of: who waits for a webhook does not look."""
+        for id in cast(list[bytes], self.connection.zrangebyscore(webhooks.EXPIRING, "-inf", time.time() - 1, 0, 100)):
+            record = next(read_records(self.connection, [id.decode()]))
+            if record and overdue(record):
+                with suppress(NotCancelable, NotFound):  # it ended just now
+                    self.end(id.decode(), "expired")
+            self.connection.zrem(webhooks.EXPIRING, id)
 
     # -- out
 

@@ -19,7 +19,7 @@ from app import errors, events, examples, metrics
 from app.auth import KeyCheck
 from app.connection import connect
 from app.evaluations import Evaluations
-from app.fronts import a1111, fal, openai, replicate
+from app.fronts import a1111, a1111_catalog, fal, openai, replicate
 from app.jobs import Jobs
 from app.limits import BodyLimit
 from app.logs import RequestId
@@ -38,7 +38,20 @@ DESCRIPTION = """Pictures from guided diffusion models: queued durably, drawn to
 Errors are RFC 9457 problem documents; `errors` names each wrong field."""
 
 
-ROUTES = (generations, models, status, evaluations, webhooks, openai, a1111, replicate, fal, health, page)
+ROUTES = (
+    generations,
+    models,
+    status,
+    evaluations,
+    webhooks,
+    openai,
+    a1111,
+    a1111_catalog,
+    replicate,
+    fal,
+    health,
+    page,
+)
 DECODERS = 20  # threads for submissions with pictures; AnyIO's 40 are for everything else
 
 

@@ -61,6 +61,8 @@ class Allowed:
     def objection(self, address: Address) -> str | None:
         """What an address is that keeps us from it."""
         meant = embedded(address)
+        if meant in METADATA and not any(network.num_addresses == 1 and meant in network for network in self.networks):
+            return kind_of(meant)  # a network that holds one was not meant to open it
         if any(one in network for network in self.networks for one in (address, meant)):
             return None
         return kind_of(meant)

@@ -1,16 +1,17 @@
 """The process that delivers webhooks: takes what is due, makes the body, signs it, sends it, and tries again later."""
 
-import asyncio
 import json
 import random
 import signal
 import threading
+import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any, NamedTuple, cast
+from urllib.parse import urlsplit
 
 import structlog
 from redis import Redis
@@ -34,7 +35,8 @@ JITTER = 0.25  # of a pause, so that receivers that were away are not told every
 TAKES = 15.0  # seconds that a receiver has
 AT_ONCE = 32  # deliveries of this process
 OF_A_HOST = 4  # of those, to one host: who is slow holds up himself
-ELSEWHERE = 1.0  # seconds until one for a host that is busy comes up again
+LATER = 600.0  # seconds until what this version cannot read is looked at again
+LONGEST_TURN = 600.0  # seconds that one is put off because others for its host are before it
 AGENT = f"darkroom/{version('darkroom')}"
 
 
@@ -50,7 +52,7 @@ class Parcel(NamedTuple):
 
     @property
     def host(self) -> str:
-        return self.hook.url.partition("://")[2].partition("/")[0].lower()
+        return (urlsplit(self.hook.url).hostname or "").rstrip(".")
 
 
 class Postman:
@@ -60,33 +62,46 @@ class Postman:
         self.stopping = threading.Event()
         self.lock = threading.Lock()
         self.busy = Counter[str]()  # deliveries under way, by host
+        self.pace: dict[str, float] = {}  # seconds of a delivery, of busy hosts
+        self.turns: dict[str, float] = {}  # time.monotonic() at which the last that was put off comes up again
 
     def run(self) -> None:
         """Until told to stop; what is under way is finished."""
         with ThreadPoolExecutor(AT_ONCE, thread_name_prefix="postman") as threads:
             while not self.stopping.wait(LOOK):
                 try:
-                    while parcels := self.collect():
-                        for parcel in parcels:
-                            threads.submit(self.deliver, parcel)
+                    self.jobs.expire()
+                    while self.send_some(threads):
+                        pass
                 except RedisError as error:  # what was taken is due again after a while
                     log.warning("redis_unavailable", error=str(error))
                     self.stopping.wait(1)
 
-    def collect(self) -> list[Parcel]:
-        """What is due and can be sent now: as much as there is room for, here and at each host."""
-        parcels = list[Parcel]()
+    def send_some(self, threads: ThreadPoolExecutor) -> bool:
+        """What is due, as much as there is room for, here and at each host. Returns whether anything was sent."""
         with self.lock:
             most = AT_ONCE - self.busy.total()
-        for parcel in self.take(most) if most > 0 else ():
+        parcels, later = self.take(most) if most > 0 else [], dict[str, float]()
+        for parcel in parcels:
             with self.lock:
-                free = self.busy[parcel.host] < OF_A_HOST
-                self.busy[parcel.host] += free
+                if free := self.busy[parcel.host] < OF_A_HOST:
+                    self.busy[parcel.host] += 1
+                else:
+                    later[parcel.id] = self.turn(parcel.host)
             if free:
-                parcels.append(parcel)
-            else:
-                self.outbox.postpone(parcel.id, ELSEWHERE)
-        return parcels
+                threads.submit(self.deliver, parcel)
+        for id, seconds in later.items():
+            self.outbox.postpone(id, seconds)
+        return len(later) < len(parcels)
+
+    def turn(self, host: str) -> float:
+        """Seconds until one more for a busy host comes up again: about when those before it have been sent.
+
+        So that a long queue for one host is not looked through again and again while others wait behind it.
+        """
+        now, each = time.monotonic(), self.pace.get(host, TAKES) / OF_A_HOST
+        self.turns[host] = min(now + LONGEST_TURN, max(now, self.turns.get(host, now)) + each)
+        return self.turns[host] - now
 
     def take(self, most: int) -> list[Parcel]:
         ids = self.outbox.take(most)
@@ -96,14 +111,21 @@ class Postman:
             answers = cast(list[Replies], pipe.execute())
         parcels = list[Parcel]()
         for id, (webhook, at, tries, body, *fields) in zip(ids, answers, strict=True):
-            if webhook is None or (record := parse_record(fields, [])) is None:
+            if webhook is None:
                 self.outbox.gone(id)  # for a week nobody delivered it
                 continue
-            hook = Hook(**json.loads(webhook))
+            try:
+                hook, record = Hook(**json.loads(webhook)), parse_record(fields, [])
+                assert record is not None  # it is a copy of a whole job
+            except Exception as error:  # a newer version's, say: it must not keep the others from being sent
+                log.error("unreadable", delivery=id, exc_info=error)
+                self.outbox.failed(id, int(tries or 0), "it cannot be read", LATER)
+                continue
             parcels.append(Parcel(id, hook, int(at or 0), int(tries or 0), body.decode() if body else None, record))
         return parcels
 
     def deliver(self, parcel: Parcel) -> None:
+        began = time.monotonic()
         try:
             refused = self.refusal_of(parcel)
             if refused is None:
@@ -119,8 +141,12 @@ class Postman:
                 self.come_again(parcel, f"an error of ours: {type(error).__name__}", False)
         finally:
             with self.lock:
+                took, before = time.monotonic() - began, self.pace.get(parcel.host)
+                self.pace[parcel.host] = took if before is None else (took + before) / 2
                 self.busy[parcel.host] -= 1
-                self.busy += Counter()  # without hosts of which there is nothing left
+                if not self.busy[parcel.host]:  # nothing is kept of hosts that are not busy
+                    for kept in (self.busy, self.pace, self.turns):
+                        kept.pop(parcel.host, None)
 
     def refusal_of(self, parcel: Parcel) -> tuple[str, bool] | None:
         """Why it was not taken, and whether it is never to be sent again."""
@@ -161,7 +187,7 @@ class Postman:
             case "replicate":
                 body = replicate.shown(counter, generation)
             case "fal":
-                body = asyncio.run(fal.told(counter, generation))
+                body = fal.told(counter, generation)
         text = json.dumps(body)
         self.connection.hset(key_of(parcel.id), "body", text)
         return text

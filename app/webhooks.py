@@ -26,6 +26,9 @@ DUE = "darkroom:webhooks:due"
 DEAD = "darkroom:webhooks:dead"
 COUNTS = "darkroom:webhooks:counts"
 SECRET = "darkroom:webhooks:secret"
+EXPIRING = "darkroom:webhooks:expiring"  # generations by the time at which their webhooks are to say so
+MOST_PENDING = 50_000  # deliveries of some KB each; beyond it, generations with webhooks are not accepted
+MOST_DEAD = 10_000  # dead letters; then the oldest go
 KEPT = timedelta(days=7)  # of what nobody delivers, and of dead letters
 LEASE = timedelta(minutes=2)  # until what a postman took is due again; more than a try takes
 
@@ -173,9 +176,13 @@ class Outbox:
                 pipe.zrem(DUE, id)
                 pipe.zadd(DEAD, {id: seconds})
                 pipe.zremrangebyscore(DEAD, "-inf", seconds - KEPT.total_seconds())
+                pipe.zrange(DEAD, 0, -MOST_DEAD - 1)
             else:
                 pipe.zadd(DUE, {id: seconds + microseconds / 1e6 + again_in}, xx=True)
-            pipe.execute()
+            too_many = pipe.execute()[-1] if again_in is None else []
+        for old in cast(list[bytes], too_many):
+            self.connection.zrem(DEAD, old)
+            self.connection.delete(key_of(old.decode()))
 
     def dead(self) -> Iterator[Dead]:
         """Those that nobody took, the oldest first."""

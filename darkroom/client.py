@@ -13,7 +13,7 @@ import httpx2
 
 from app.schemas import Generation, Image, Model, Status
 from darkroom.events import Event, Preview
-from darkroom.exchange import TIMEOUT, Exchange, Exchanges, Watch, drawn, ended
+from darkroom.exchange import TIMEOUT, Exchange, Exchanges, Watch, drawn, ended, expected
 from darkroom.fields import Fields, numbered
 
 T = TypeVar("T")
@@ -80,7 +80,7 @@ class Darkroom:
         while not watch.ended:
             stream = self._do(watch.connect())
             try:
-                for sent in httpx2.EventSource(stream):
+                for sent in httpx2.EventSource(expected(stream, "text/event-stream")):
                     yield watch.heard(sent)
             except httpx2.TransportError:
                 continue
@@ -132,7 +132,7 @@ class Darkroom:
                     answer = self._http.send(ask.request, stream=ask.stream)
                     if not answer.is_success:
                         answer.read()
-                except httpx2.TransportError as error:
+                except (httpx2.TransportError, httpx2.DecodingError) as error:
                     ask = exchange.throw(error)
                 else:
                     ask = exchange.send(answer)
@@ -174,7 +174,7 @@ class AsyncDarkroom:
         while not watch.ended:
             stream = await self._do(watch.connect())
             try:
-                async for sent in httpx2.EventSource(stream):
+                async for sent in httpx2.EventSource(expected(stream, "text/event-stream")):
                     yield watch.heard(sent)
             except httpx2.TransportError:
                 continue
@@ -217,7 +217,7 @@ class AsyncDarkroom:
                     answer = await self._http.send(ask.request, stream=ask.stream)
                     if not answer.is_success:
                         await answer.aread()
-                except httpx2.TransportError as error:
+                except (httpx2.TransportError, httpx2.DecodingError) as error:
                     ask = exchange.throw(error)
                 else:
                     ask = exchange.send(answer)

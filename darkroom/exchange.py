@@ -11,7 +11,7 @@ from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import httpx2
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from app.schemas import Generation, GenerationList, Image, Model, ModelList
 from darkroom import events
@@ -41,7 +41,7 @@ Exchange = Generator[Ask, httpx2.Response, T]
 
 def pause(tries: int) -> float:
     """Seconds until the next try, spread so that many clients do not come at once."""
-    return random.uniform(0.5, 1) * min(LONGEST_PAUSE, FIRST_PAUSE * 2**tries)
+    return random.uniform(0.5, 1) * min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** min(tries, 10))
 
 
 def id_of(generation: Generation | str) -> str:
@@ -78,7 +78,10 @@ class Exchanges:
     def _of(self, kind: type[M], method: str, url: str, **given: Any) -> Exchange[M]:
         answer = yield from self.asked(method, url, **given)
         # A newer service may say more than this client knows.
-        return kind.model_validate_json(expected(answer, "application/json").content, extra="ignore")
+        try:
+            return kind.model_validate_json(expected(answer, "application/json").content, extra="ignore")
+        except ValidationError as error:
+            raise Unreachable(f"{answer.url} does not answer as Darkroom does: {error}") from None
 
     def asked(
         self, method: str, url: str, *, stream: bool = False, after: float = 0.0, **given: Any
@@ -100,7 +103,7 @@ class Exchanges:
                     raise error
             except httpx2.UnsupportedProtocol as wrong:
                 raise Unreachable(f"{self.http.base_url}: {wrong}") from None
-            except httpx2.TransportError as broken:
+            except (httpx2.TransportError, httpx2.DecodingError) as broken:
                 error = Unreachable(f"{self.http.base_url} does not answer: {broken or type(broken).__name__}")
             told = error.retry_after if isinstance(error, Refused) else None
             after, tries = (told or 0.0) + pause(tries), tries + 1
@@ -121,8 +124,7 @@ class Watch:
         timeout = httpx2.Timeout(TIMEOUT, read=SILENCE)
         after, self.in_vain = pause(self.in_vain) if self.in_vain else 0.0, self.in_vain + 1
         given: dict[str, Any] = {"headers": headers, "timeout": timeout}
-        answer = yield from self.exchanges.asked("GET", self.url, stream=True, after=after, **given)
-        return expected(answer, "text/event-stream")
+        return (yield from self.exchanges.asked("GET", self.url, stream=True, after=after, **given))
 
     def heard(self, sent: httpx2.ServerSentEvent) -> Event:
         event = events.read(sent)

@@ -13,7 +13,7 @@ from fastapi.routing import APIRoute
 
 import darkroom
 from app.cli import cli
-from app.fronts import a1111, fal, openai, replicate
+from app.fronts import a1111_request, fal, openai, replicate
 from app.local import LocalService
 from app.main import ROUTES
 from app.schemas import PICTURES, GenerationRequest, Guidance, Problem
@@ -65,7 +65,7 @@ def test_every_field_of_a_front_is_on_its_page():
     assert [name for name in theirs if f"`{name}`" not in FRONTS["openai"]] == []
     theirs = [*replicate.OURS, *replicate.UNHEEDED, *replicate.PredictionRequest.model_fields]
     assert [name for name in theirs if f"`{name}`" not in FRONTS["replicate"]] == ["model", "stream"]
-    assert [name for name in a1111.Drawing.model_fields if f"`{name}`" not in FRONTS["a1111"]] == []
+    assert [name for name in a1111_request.Drawing.model_fields if f"`{name}`" not in FRONTS["a1111"]] == []
     assert [name for name in (*fal.OURS, *fal.UNHEEDED, *fal.SHAPES) if f"`{name}`" not in FRONTS["fal"]] == []
 
 

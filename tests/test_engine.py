@@ -251,6 +251,12 @@ def test_an_exact_call_without_a_pass_of_its_size_runs_alone_at_its_own(reproduc
     assert net.run.rows == [rows]
 
 
+def test_an_exact_call_too_wide_for_the_pass_of_another_has_its_own():
+    net = recording(reproducible_rows=4)
+    drawn([asking(net, x=torch.ones(rows, 1)) for rows in (1, 6)], seats=[0, 1])
+    assert net.run.rows == [4, 6]
+
+
 def test_a_culprit_in_an_exact_pass_does_not_move_the_others():
     """Halved or not, whoever is exact, and whoever sits beside it, keeps its rows."""
 

@@ -6,7 +6,8 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +16,7 @@ from typing import Any
 
 import httpx2
 import pytest
+from redis.exceptions import ConnectionError
 from replicate.client import Client
 from replicate.webhook import Webhooks
 from rq.job import Job
@@ -25,7 +27,7 @@ from app import postman, webhooks
 from app.cli import cli
 from app.connection import connect
 from app.dead import requeue
-from app.errors import NotFound
+from app.errors import NotFound, QueueFull
 from app.jobs import Jobs
 from app.local import LocalService
 from app.parts import die_with_parent
@@ -309,11 +311,16 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def delivering(lab: Lab, hurried: None) -> Iterator[Postman]:
-    """A postman in a thread."""
-    one = Postman(lab.connection, lab.jobs)
+    with delivered_by(one := Postman(lab.connection, lab.jobs)):
+        yield one
+
+
+@contextmanager
+def delivered_by(one: Postman) -> Generator[None]:
+    """By a postman in a thread."""
     thread = threading.Thread(target=one.run)
     thread.start()
-    yield one
+    yield
     one.stopping.set()
     thread.join()
 
@@ -422,6 +429,89 @@ def test_a_slow_receiver_holds_up_nobody_else(
     assert b"Timeout" in (lab.connection.hget(key_of(f"{many[0]}_canceled"), "reason") or b"")
     slow.shutdown()
     slow.server_close()
+
+
+def test_a_long_queue_for_a_host_that_hangs_holds_up_nobody_else(
+    receiver: Receiver, lab: Lab, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(postman, "TAKES", 1.0)
+    slow = Receiver()
+    slow.answers["/slow"] = lambda: time.sleep(2) or 200
+    many, (quick,) = lab.put(600, **hook(slow, "/slow")), lab.put(**hook(receiver, "/behind"))
+    for id in [*many, quick]:
+        lab.jobs.cancel(id, OWNER)
+    with delivered_by(Postman(lab.connection, lab.jobs)):
+        began = time.monotonic()
+        assert receiver.wait("/behind")[0].at - began < 10
+        for (burst,) in (lab.put(**hook(receiver, "/burst")) for _ in range(40)):
+            lab.jobs.cancel(burst, OWNER)
+        assert len(receiver.wait("/burst", 40)) == 40
+    slow.shutdown()
+    slow.server_close()
+
+
+def test_a_redis_that_hiccups_between_two_deliveries_blocks_no_host(
+    receiver: Receiver, lab: Lab, monkeypatch: pytest.MonkeyPatch
+):
+    ids = lab.put(2 * postman.OF_A_HOST, **hook(receiver, "/hiccup"))
+    for id in ids:
+        lab.jobs.cancel(id, OWNER)
+    carrying, broken = Postman(lab.connection, lab.jobs), threading.Event()
+
+    def postpone(id: str, seconds: float) -> None:
+        if not broken.is_set():
+            broken.set()
+            raise ConnectionError("gone")
+        Outbox.postpone(carrying.outbox, id, seconds)
+
+    monkeypatch.setattr(carrying.outbox, "postpone", postpone)
+    monkeypatch.setattr(webhooks, "LEASE", timedelta(seconds=2))
+    with delivered_by(carrying):
+        until(lambda: nothing_is_left(lab), 20)
+    assert broken.is_set()
+    assert len({one.headers["webhook-id"] for one in receiver.at("/hiccup")}) == len(ids)
+    assert not carrying.busy
+
+
+@pytest.mark.usefixtures("delivering")
+def test_one_that_cannot_be_read_keeps_no_other_from_being_told(receiver: Receiver, lab: Lab):
+    odd, good = lab.put(2, **hook(receiver, "/odd"))
+    lab.connection.hset(Job.key_for(odd), "webhook", json.dumps({"url": "x", "events": ["canceled"], "newer": 1}))
+    for id in (odd, good):
+        lab.jobs.cancel(id, OWNER)
+    assert receiver.wait("/odd")[0].body["data"]["id"] == good
+    until(lambda: lab.connection.hget(key_of(f"{odd}_canceled"), "reason") == b"it cannot be read")
+
+
+@pytest.mark.usefixtures("delivering")
+def test_what_expires_in_the_queue_is_told_though_nobody_looks(receiver: Receiver, lab: Lab):
+    (id,) = lab.put(expires_in=1, **hook(receiver, "/expires"))
+    (told,) = receiver.wait("/expires")
+    assert told.body["type"] == "generation.expired"
+    assert told.headers["webhook-id"] == f"{id}_expired"
+    assert lab.connection.zcard(webhooks.EXPIRING) == 0
+
+
+def test_with_too_many_undelivered_a_generation_that_wants_more_is_not_accepted(
+    lab: Lab, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(webhooks, "MOST_PENDING", 2)
+    for id in lab.put(2, **hook(receiver, "/full")):
+        lab.jobs.cancel(id, OWNER)
+    with pytest.raises(QueueFull, match="2 webhooks wait to be delivered; nothing was accepted"):
+        lab.put(**hook(receiver, "/full"))
+    assert lab.put()
+
+
+def test_of_dead_letters_the_oldest_go(lab: Lab, receiver: Receiver, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(webhooks, "MOST_DEAD", 1)
+    outbox, ids = Outbox(lab.connection), lab.put(2, **hook(receiver, "/dead"))
+    for id in ids:
+        lab.jobs.cancel(id, OWNER)
+        outbox.failed(f"{id}_canceled", 1, "why", None)
+        time.sleep(1)  # their order is by the second
+    assert [one.id for one in outbox.dead()] == [f"{ids[1]}_canceled"]
+    assert not lab.connection.exists(key_of(f"{ids[0]}_canceled"))
 
 
 @pytest.mark.usefixtures("delivering")

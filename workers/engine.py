@@ -275,7 +275,7 @@ def together(alike: Sequence[Waiting], width: Callable[[Net], int]) -> Seating:
     rows = first.call.net.reproducible_rows
     if rows is None or first.call.rows > rows:
         return Seating({first: 0}, first.call.rows)
-    return seated(alike, rows)
+    return seated([one for one in alike if one.rows <= rows], rows)  # a wider one will lead a pass of its own
 
 
 def packed(calls: Sequence[Waiting]) -> Seating:

@@ -98,7 +98,7 @@ async def result(owner: str, app: str, id: str, desk: DeskDep) -> dict[str, Any]
     generation = await desk.fetch(id)
     if generation.status not in events.ENDED:
         raise Unfinished(f"request {id} is not done yet")
-    return await shown(desk, generation)
+    return await whole(desk, generation)
 
 
 @router.put("/queue/{owner}/{app}/requests/{id}/cancel", status_code=202)
@@ -131,7 +131,7 @@ async def run(
     body: dict[str, Any], application: ApplicationDep, desk: DeskDep, priority: PriorityHeader = None
 ) -> dict[str, Any]:
     """Queue a request, and answer when it has ended."""
-    return await shown(desk, await desk.ended_at_last(await begun(desk, application.card, body, priority)))
+    return await whole(desk, await desk.ended_at_last(await begun(desk, application.card, body, priority)))
 
 
 async def begun(
@@ -210,25 +210,33 @@ def logged(generation: Generation) -> list[dict[str, Any]]:
     ]
 
 
-async def told(desk: Counter, generation: Generation) -> dict[str, Any]:
-    """What their webhook is sent: that, and the answer that the request has."""
+def told(desk: Counter, generation: Generation) -> dict[str, Any]:
+    """What their webhook is sent: that, and the answer that the request has, with URLs in any case."""
     ids = {"request_id": generation.id, "gateway_request_id": generation.id}
     try:
-        return {**ids, "status": "OK", "payload": await shown(desk, generation), "error": None}
+        return {**ids, "status": "OK", "payload": shown(desk, generation), "error": None}
     except Failed as error:
         return {**ids, "status": "ERROR", "payload": error_body(error), "error": error.detail}
 
 
-async def shown(desk: Counter, generation: Generation) -> dict[str, Any]:
+async def whole(desk: Counter, generation: Generation) -> dict[str, Any]:
+    """The answer, with the pictures in it if the request was for that."""
+    answer = shown(desk, generation)
+    if generation.parameters.metadata.get("sync_mode"):
+        for i, image in enumerate(answer["images"]):
+            picture = base64.b64encode(await desk.picture(generation, i)).decode()
+            image["url"] = f"data:{image['content_type']};base64,{picture}"
+    return answer
+
+
+def shown(desk: Counter, generation: Generation) -> dict[str, Any]:
     if generation.status != "succeeded":
         raise Failed(generation)
-    r, images = generation.parameters, list[dict[str, Any]]()
-    kind = MEDIA_TYPES[r.output_format]
-    for i, image in enumerate(generation.images):
-        url = desk.url(image.url)
-        if r.metadata.get("sync_mode"):
-            url = f"data:{kind};base64,{base64.b64encode(await desk.picture(generation, i)).decode()}"
-        images.append({"url": url, "width": image.width, "height": image.height, "content_type": kind})
+    r, kind = generation.parameters, MEDIA_TYPES[generation.parameters.output_format]
+    images = [
+        {"url": desk.url(image.url), "width": image.width, "height": image.height, "content_type": kind}
+        for image in generation.images
+    ]
     return {
         "images": images,
         "seed": r.seed,
