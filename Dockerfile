@@ -50,12 +50,12 @@ RUN uv pip install --no-deps --editable .
 
 FROM base AS api
 COPY --from=api-packages /opt/venv /opt/venv
-COPY models/__init__.py models/catalog.py models/
+COPY models/__init__.py models/catalog.py models/weighting.py models/
 COPY models/cards models/cards
 COPY models/suites models/suites
 COPY app app
 COPY darkroom darkroom
-RUN python -m compileall -q app darkroom models && darkroom --help >/dev/null
+RUN python -m compileall -q app darkroom models && darkroom --help >/dev/null && darkroom models >/dev/null
 USER 10001:10001
 ENV DARKROOM_PORT=8000
 EXPOSE 8000
