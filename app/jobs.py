@@ -248,7 +248,7 @@ class Jobs:
         )
         ttl = self.settings.result_ttl
         job = Job.create(
-            "darkroom.generate",
+            "generations.draw",
             kwargs={"parameters": parameters.model_dump(exclude_defaults=True), "owner": owner},
             id=id,
             connection=self.connection,

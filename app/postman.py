@@ -52,7 +52,8 @@ class Parcel(NamedTuple):
 
     @property
     def host(self) -> str:
-        return (urlsplit(self.hook.url).hostname or "").rstrip(".")
+        url = urlsplit(self.hook.url)
+        return f"{(url.hostname or '').rstrip('.')}:{url.port or url.scheme}"
 
 
 class Postman:

@@ -179,8 +179,8 @@ class Outbox:
                 pipe.zrange(DEAD, 0, -MOST_DEAD - 1)
             else:
                 pipe.zadd(DUE, {id: seconds + microseconds / 1e6 + again_in}, xx=True)
-            too_many = pipe.execute()[-1] if again_in is None else []
-        for old in cast(list[bytes], too_many):
+            *_, last = pipe.execute()
+        for old in cast(list[bytes], last) if again_in is None else ():
             self.connection.zrem(DEAD, old)
             self.connection.delete(key_of(old.decode()))
 

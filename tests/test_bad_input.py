@@ -323,7 +323,9 @@ def test_an_idempotency_key_is_for_one_request(http: httpx2.Client):
     problem_of(http.post(URL, json=GOOD | {"seed": 1}, headers=key), 422, "idempotency-key-reused")
 
 
-@pytest.mark.parametrize("path", ["/", "/nope", "/v1", f"{URL}/", f"{URL}/{NOBODY}/nope", "/v1/models/nope", "/%00"])
+@pytest.mark.parametrize(
+    "path", ["/page", "/nope", "/v1", f"{URL}/", f"{URL}/{NOBODY}/nope", "/v1/models/nope", "/%00"]
+)
 def test_an_unknown_path_is_not_found(http: httpx2.Client, path: str):
     problem_of(http.get(path), 404, "not-found")
 

@@ -253,7 +253,10 @@ def test_an_exact_call_without_a_pass_of_its_size_runs_alone_at_its_own(reproduc
 
 def test_an_exact_call_too_wide_for_the_pass_of_another_has_its_own():
     net = recording(reproducible_rows=4)
-    drawn([asking(net, x=torch.ones(rows, 1)) for rows in (1, 6)], seats=[0, 1])
+    engine = Engine()
+    tickets = [engine.submit(asking(net, x=torch.ones(rows, 1)), seat=0) for rows in (1, 6)]
+    run_out(engine)
+    assert [len(ticket.result) for ticket in tickets] == [1, 6]
     assert net.run.rows == [4, 6]
 
 

@@ -88,7 +88,7 @@ def test_a_submission_that_fails_half_way_leaves_nothing(lab: Lab, monkeypatch: 
 def test_the_function_that_rq_names_is_never_there_to_import(lab: Lab):
     (id,) = lab.put()
     name = Job.fetch(id, connection=lab.connection, serializer=jobs.JSONSerializer).func_name
-    assert name == "darkroom.generate"
+    assert name == "generations.draw"
     assert importlib.util.find_spec(name.partition(".")[0]) is None
 
 

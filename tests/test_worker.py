@@ -299,7 +299,7 @@ def test_a_stopping_worker_hands_over_what_it_cannot_finish_in_time(lab: Lab):
 def test_what_a_killed_worker_held_is_drawn_alone_as_nobody_knows_who_killed_it(lab: Lab):
     killed = lab.worker()
     ids = lab.put(3, steps=50)
-    lab.wait_running(3)
+    until(lambda: len(lab.joins()) == 3)
     killed.kill()
     lab.worker()
     lab.wait(ids)
@@ -522,7 +522,7 @@ def test_an_error_of_one_generation_fails_it_alone_and_at_once(lab: Lab):
 
 def test_a_job_that_cannot_be_read_fails_and_the_worker_goes_on(lab: Lab):
     (id,) = lab.put()
-    call = ["darkroom.generate", None, [], {"parameters": {"of": "a later version"}, "owner": OWNER}]
+    call = ["generations.draw", None, [], {"parameters": {"of": "a later version"}, "owner": OWNER}]
     lab.connection.hset(Job.key_for(id), "data", zlib.compress(json.dumps(call).encode()))
     lab.worker()
     until(lambda: lab.connection.hget(Job.key_for(id), "status") == b"failed")
