@@ -337,6 +337,22 @@ def test_a_dropped_picture_is_where_drawing_starts(page: Page, http: httpx2.Clie
     assert (parameters["task"], parameters["strength"]) == ("image-to-image", 0.5)
 
 
+def test_a_picture_to_follow_changes_no_task(page: Page, tmp_path: Path):
+    """A proxy says that the model has a ControlNet."""
+
+    def following(route: Any) -> None:
+        answer = route.fetch()
+        models = answer.json()
+        models["data"][0]["needs"] = ["control_image"]
+        route.fulfill(response=answer, json=models)
+
+    page.route("**/v1/models", following)
+    page.reload()
+    page.get_by_label("Picture to follow").set_input_files(apple(tmp_path))
+    expect(page.get_by_role("img", name="Picture to follow")).to_be_visible()
+    expect(page.get_by_label("From words")).to_be_checked()
+
+
 def test_a_picture_is_varied_and_met_half_way(page: Page, http: httpx2.Client, tmp_path: Path):
     page.get_by_label("Model").select_option("emoji-unclip")
     page.get_by_label("In between").check()
@@ -452,18 +468,24 @@ def test_a_service_with_keys_asks_for_one(context: BrowserContext, keyed: str):
     page.reload()
     expect(page.locator(".tile img")).to_have_count(1)
     held: list[tuple[Any, Any]] = []
-    page.route("**/v1/generations?*", lambda route: held.append((route, route.fetch())))
-    page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
-    page.wait_for_timeout(500)
-    page.unroute("**/v1/generations?*")
+
+    def slow(route: Any) -> None:
+        if held:
+            route.continue_()
+        else:
+            held.append((route, route.fetch()))
+
+    page.route("**/v1/generations?*", slow)
+    with page.expect_request("**/v1/generations?*"):
+        page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
     page.get_by_role("button", name="API key").click()
     box.get_by_label("Key").fill("another")
     box.get_by_role("button", name="Save").click()
     expect(page.locator(".tile")).to_have_count(0)
-    for route, answer in held:  # to the key before
-        route.fulfill(response=answer)
-    page.wait_for_timeout(200)
-    assert len(held) > 0
+    ((route, answer),) = held
+    with page.expect_response(lambda it: it.status == 401):  # to the look after this one
+        route.fulfill(response=answer)  # to the key before
+    expect(box).to_be_visible()
     expect(page.locator(".tile")).to_have_count(0)
 
 
