@@ -95,9 +95,9 @@ function openai({ body, origin, keyed, pictures, parameters }) {
   const foreign = pictures.some((field) => !["image", "mask"].includes(field));
   if (!method || foreign) return `# OpenAI's API has no word for this (${task}): take curl or Python.\n`;
   const { model, prompt, n, width, height, metadata, task: _, ...extra } = body;
-  const theirs = method !== "create_variation"; // whose variations know no words
-  const given = { model, ...(theirs && { prompt }), ...(n && { n }) };
-  if (!theirs && prompt) extra.prompt = prompt;
+  const worded = method !== "create_variation"; // in OpenAI's API, a variation has no prompt
+  const given = { model, ...(worded && { prompt }), ...(n && { n }) };
+  if (!worded && prompt) extra.prompt = prompt;
   given.size = `${parameters.width}x${parameters.height}`;
   for (const field of pictures) given[field] = new Code(`open("${field}.png", "rb")`);
   if (Object.keys(extra).length) given.extra_body = extra;

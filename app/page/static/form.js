@@ -114,8 +114,8 @@ export function Form({ models, model, draft, pictures, errors, busy, onDraft, on
                 options=${model.classes.map((name) => [name, name])} />`
               : html`<${Words} ...${bind("prompt")} value=${draft.prompt} rows="3"
                 placeholder="a red apple on a blue background" />`)}`}
-      ${fields.has("mix") && (fields.has("end_image") || draft.end_prompt) && html`<${Slider} ...${number("mix")} min="0" max="1" step="0.05"
-        help="Where between the two: 0 is the first." />`}
+      ${fields.has("mix") && (fields.has("end_image") || draft.end_prompt) && html`
+        <${Slider} ...${number("mix")} min="0" max="1" step="0.05" help="Where between the two: 0 is the first." />`}
       ${fields.has("strength") && html`<${Slider} ...${number("strength")} min="0.05" max="1" step="0.05"
         help="How far to leave the picture." />`}
       ${["control", "ip_adapter"].map((part) => fields.has(`${part}_image`) && html`

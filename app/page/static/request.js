@@ -133,7 +133,8 @@ export function repeated(parameters, model) {
   const body = {};
   for (const [field, value] of Object.entries(parameters)) {
     const open = ["model", "prompt", "seed"].includes(field) ? null : model && defaultOf(model, task, field);
-    if ([null, "", open, UNSET[field]].includes(value) || [...PICTURES, ...NOT_OF_THE_PICTURE].includes(field)) continue;
+    if ([...PICTURES, ...NOT_OF_THE_PICTURE].includes(field)) continue;
+    if ([null, "", open, UNSET[field]].includes(value)) continue;
     if (typeof value !== "object") body[field] = value;
     else if (Array.isArray(value) ? value.length : Object.keys(pruned(value)).length) body[field] = pruned(value);
   }
