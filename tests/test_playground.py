@@ -24,6 +24,7 @@ from app.jobs import index_key
 from app.local import LocalService, free_port, port_open
 from app.page.routes import FILES
 from app.parts import Part
+from app.schemas import TAKES
 from tests.conftest import local_settings
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -244,6 +245,34 @@ def test_the_form_is_what_the_model_can_do(page: Page):
     expect(page.get_by_label("CLIP guidance", exact=True)).to_have_count(0)
 
 
+def test_the_page_knows_what_each_task_takes(page: Page):
+    tasks = page.evaluate("import('/page/request.js').then(({ TASKS }) => TASKS)")
+    assert {name: (tuple(task["needs"]), tuple(task["may"])) for name, task in tasks.items()} == TAKES
+
+
+def test_brackets_weigh_words_where_they_are_to(page: Page):
+    page.get_by_label("Prompt").fill("a (red:1.2) apple")
+    box = page.get_by_label("Brackets weigh words")
+    page.get_by_text("More", exact=True).click()
+    body = sent(page, lambda: page.get_by_role("button", name="Draw", exact=True).click())
+    assert "prompt_weights" not in body
+    hangs(page, "a (red:1.2) apple")
+    expect(page.locator(".facts")).not_to_contain_text("Brackets")
+    box.check()
+    body = sent(page, lambda: page.get_by_role("button", name="Draw", exact=True).click())
+    assert body["prompt_weights"] is True
+    expect(page.locator(".facts")).to_contain_text("Brackets weigh words")
+    hangs(page, "a (red:1.2) apple")
+    box.uncheck()
+    page.get_by_role("button", name="Reuse").click()
+    expect(box).to_be_checked()
+    page.get_by_role("button", name="Copy as").click()
+    expect(page.locator("pre")).to_contain_text('"prompt_weights": true')
+    page.keyboard.press("Escape")
+    page.get_by_label("Model").select_option("emoji-unclip")
+    expect(box).to_have_count(0)
+
+
 def test_what_is_painted_is_what_is_repainted(page: Page, http: httpx2.Client):
     draw(page, "a red apple")
     page.get_by_role("button", name="Edit").click()
@@ -308,6 +337,22 @@ def test_a_dropped_picture_is_where_drawing_starts(page: Page, http: httpx2.Clie
     assert (parameters["task"], parameters["strength"]) == ("image-to-image", 0.5)
 
 
+def test_a_picture_to_follow_changes_no_task(page: Page, tmp_path: Path):
+    """A proxy says that the model has a ControlNet."""
+
+    def following(route: Any) -> None:
+        answer = route.fetch()
+        models = answer.json()
+        models["data"][0]["needs"] = ["control_image"]
+        route.fulfill(response=answer, json=models)
+
+    page.route("**/v1/models", following)
+    page.reload()
+    page.get_by_label("Picture to follow").set_input_files(apple(tmp_path))
+    expect(page.get_by_role("img", name="Picture to follow")).to_be_visible()
+    expect(page.get_by_label("From words")).to_be_checked()
+
+
 def test_a_picture_is_varied_and_met_half_way(page: Page, http: httpx2.Client, tmp_path: Path):
     page.get_by_label("Model").select_option("emoji-unclip")
     page.get_by_label("In between").check()
@@ -321,6 +366,21 @@ def test_a_picture_is_varied_and_met_half_way(page: Page, http: httpx2.Client, t
     assert (parameters["task"], parameters["mix"], parameters["prompt"]) == ("interpolate", 0.25, "a red apple")
     page.get_by_role("button", name="Vary").click()
     expect(page.get_by_label("Variation")).to_be_checked()
+    expect(page.get_by_label("Mix", exact=True)).to_have_count(0)
+    page.get_by_label("To, in words").fill("a green apple")
+    page.get_by_label("Mix, exactly").fill("0.25")
+    page.get_by_label("Mix, exactly").blur()
+    body = sent(page, lambda: page.get_by_role("button", name="Draw", exact=True).click())
+    assert [body[name] for name in ("prompt", "end_prompt", "mix")] == ["a red apple", "a green apple", 0.25]
+    hangs(page, "a red apple")
+    page.get_by_role("button", name="Reuse").click()
+    expect(page.get_by_label("To, in words")).to_have_value("a green apple")
+    expect(page.get_by_label("Mix, exactly")).to_have_value("0.25")
+    page.get_by_role("button", name="Copy as").click()
+    page.get_by_role("radio", name="OpenAI").check()
+    expect(page.locator("pre")).to_contain_text(re.compile(r'extra_body=\{[^}]*"prompt": "a red apple"'))
+    page.keyboard.press("Escape")
+    page.get_by_label("To, in words").fill("")
     page.get_by_role("button", name="Draw", exact=True).click()
     hangs(page, "a variation")
     assert newest(http)["parameters"]["task"] == "variation"
@@ -357,6 +417,31 @@ def test_two_tabs_see_one_history(page: Page, context: BrowserContext, http: htt
     expect(other.locator(f"img[src='/v1/generations/{made['id']}/images/0']").first).to_be_visible()
 
 
+def test_a_hidden_tab_holds_no_connection(page: Page, http: httpx2.Client):
+    def turn(hidden: bool) -> None:
+        page.evaluate(
+            """(hidden) => {
+                Object.defineProperty(document, "hidden", { get: () => hidden, configurable: true });
+                document.dispatchEvent(new Event("visibilitychange"));
+            }""",
+            hidden,
+        )
+
+    def is_a_stream(request: Request) -> bool:
+        return request.url.endswith("/events")
+
+    page.get_by_label("Steps, exactly").fill("100")
+    page.get_by_label("Prompt").fill("a castle")
+    with page.expect_request(is_a_stream):
+        page.get_by_role("button", name="Draw", exact=True).click()
+    with page.expect_event("requestfailed", is_a_stream):
+        turn(hidden=True)
+    with page.expect_request(is_a_stream):
+        turn(hidden=False)
+    http.delete(f"/v1/generations/{newest(http)['id']}")
+    expect(page.locator(".fate")).to_have_text("Canceled")
+
+
 def test_a_service_with_keys_asks_for_one(context: BrowserContext, keyed: str):
     page = context.new_page()
     page.goto(keyed)
@@ -382,6 +467,26 @@ def test_a_service_with_keys_asks_for_one(context: BrowserContext, keyed: str):
     assert KEY not in code
     page.reload()
     expect(page.locator(".tile img")).to_have_count(1)
+    held: list[tuple[Any, Any]] = []
+
+    def slow(route: Any) -> None:
+        if held:
+            route.continue_()
+        else:
+            held.append((route, route.fetch()))
+
+    page.route("**/v1/generations?*", slow)
+    with page.expect_request("**/v1/generations?*"):
+        page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+    page.get_by_role("button", name="API key").click()
+    box.get_by_label("Key").fill("another")
+    box.get_by_role("button", name="Save").click()
+    expect(page.locator(".tile")).to_have_count(0)
+    ((route, answer),) = held
+    with page.expect_response(lambda it: it.status == 401):  # to the look after this one
+        route.fulfill(response=answer)  # to the key before
+    expect(box).to_be_visible()
+    expect(page.locator(".tile")).to_have_count(0)
 
 
 def test_the_code_that_is_copied_draws_the_same_picture(page: Page, http: httpx2.Client, tmp_path: Path):
@@ -405,6 +510,34 @@ def test_the_code_that_is_copied_draws_the_same_picture(page: Page, http: httpx2
         assert [again["parameters"][name] for name in same] == [first["parameters"][name] for name in same], kind
         first = again
     assert Image.open(tmp_path / "0.png").size == (64, 64)
+
+
+def test_whom_a_generation_tells_is_not_told(page: Page):
+    """Its webhook's address is often a secret. Here a proxy adds one: the service tells nobody."""
+    draw(page, "a dog")
+
+    def told(route: Any) -> None:
+        answer = route.fetch()
+        listed = answer.json()
+        for generation in listed["data"]:
+            generation["parameters"]["webhook"] = {"url": "https://example.com/secret", "events": ["succeeded"]}
+        route.fulfill(response=answer, json=listed)
+
+    page.route("**/v1/generations?*", told)
+    with page.expect_response("**/v1/generations?*"):
+        page.reload()
+    hangs(page, "a dog")
+    expect(page.locator(".facts")).not_to_contain_text("webhook")
+    page.get_by_role("button", name="Copy as").click()
+    for kind in ("curl", "Python", "OpenAI"):
+        page.get_by_role("radio", name=kind).check()
+        expect(page.locator("pre")).to_contain_text("a dog")
+        expect(page.locator("pre")).not_to_contain_text("webhook")
+    page.keyboard.press("Escape")
+    page.get_by_role("button", name="Reuse").click()
+    body = sent(page, lambda: page.get_by_role("button", name="Draw", exact=True).click())
+    assert "webhook" not in body
+    page.unroute_all(behavior="ignoreErrors")
 
 
 def test_code_with_a_picture_reads_it_from_a_file(page: Page, http: httpx2.Client, tmp_path: Path):
@@ -441,6 +574,26 @@ def test_a_full_queue_is_counted_down_and_asked_again(page: Page, http: httpx2.C
     page.get_by_label("Prompt").press("Control+Enter")
     expect(page.get_by_role("alert")).to_contain_text("9 generations are waiting")
     expect(page.locator(".countdown")).to_have_text(re.compile(r"Trying again in [12] s"))
+    hangs(page, "a dog")
+    assert len(keys) == 2
+    assert keys[0] == keys[1]
+
+
+def test_an_answer_that_breaks_off_is_asked_for_again(page: Page):
+    page.wait_for_selector("#f-prompt")
+    keys: list[str] = []
+
+    def half(route: Any) -> None:
+        keys.append(route.request.headers["idempotency-key"])
+        if len(keys) == 1:
+            route.fulfill(status=202, headers={"Content-Type": "application/json"}, body='{"id": "')
+        else:
+            route.continue_()
+
+    page.route("**/v1/generations", half)
+    page.get_by_label("Prompt").fill("a dog")
+    page.get_by_label("Prompt").press("Control+Enter")
+    expect(page.get_by_role("alert")).to_contain_text("The answer broke off.")
     hangs(page, "a dog")
     assert len(keys) == 2
     assert keys[0] == keys[1]

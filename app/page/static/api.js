@@ -44,10 +44,20 @@ export async function ask(path, { method = "GET", body, headers = {}, signal } =
   return response;
 }
 
-export const json = async (path, options) => (await ask(path, options)).json();
+export const json = (path, options) => read("json", path, options);
 
 /** Bytes of a picture, with the key that an <img> could not send. */
-export const blobOf = async (url) => (await ask(url)).blob();
+export const blobOf = (url) => read("blob", url);
+
+async function read(kind, path, options) {
+  const response = await ask(path, options);
+  try {
+    return await response[kind]();
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Problem({ status: 0, detail: "The answer broke off.", retryAfter: 3 });
+  }
+}
 
 async function problemOf(response) {
   const told = await response.json().catch(() => ({}));
@@ -116,8 +126,10 @@ function within(milliseconds, promise, signal) {
 
 export function pause(milliseconds, signal) {
   return new Promise((resolve) => {
+    if (signal?.aborted) return resolve();
     const timer = setTimeout(resolve, milliseconds);
     signal?.addEventListener("abort", () => (clearTimeout(timer), resolve()), { once: true });
+    return undefined;
   });
 }
 

@@ -47,9 +47,9 @@ class Code {
   }
 }
 
-const suffix = (body) => body.output_format ?? "png";
+const suffix = (parameters) => parameters.output_format;
 
-function python({ body, pictures, origin, keyed }) {
+function python({ body, pictures, origin, keyed, parameters }) {
   const files = Object.fromEntries(pictures.map((field) => [field, new Code(`picture("${field}.png")`)]));
   const modules = [pictures.length && "base64", "json", keyed && "os", "urllib.request"].filter(Boolean);
   return [
@@ -76,7 +76,7 @@ function python({ body, pictures, origin, keyed }) {
       : []),
     `generation = json.loads(ask("/v1/generations", ${literal({ ...body, ...files })}))`,
     `for number, image in enumerate(generation["images"]):`,
-    `    with open(f"{number}.${suffix(body)}", "wb") as file:`,
+    `    with open(f"{number}.${suffix(parameters)}", "wb") as file:`,
     `        file.write(ask(image["url"]))`,
     "",
   ].join("\n");
@@ -95,7 +95,9 @@ function openai({ body, origin, keyed, pictures, parameters }) {
   const foreign = pictures.some((field) => !["image", "mask"].includes(field));
   if (!method || foreign) return `# OpenAI's API has no word for this (${task}): take curl or Python.\n`;
   const { model, prompt, n, width, height, metadata, task: _, ...extra } = body;
-  const given = { model, ...(method === "create_variation" ? {} : { prompt }), ...(n ? { n } : {}) };
+  const worded = method !== "create_variation"; // in OpenAI's API, a variation has no prompt
+  const given = { model, ...(worded && { prompt }), ...(n && { n }) };
+  if (!worded && prompt) extra.prompt = prompt;
   given.size = `${parameters.width}x${parameters.height}`;
   for (const field of pictures) given[field] = new Code(`open("${field}.png", "rb")`);
   if (Object.keys(extra).length) given.extra_body = extra;
@@ -111,7 +113,7 @@ function openai({ body, origin, keyed, pictures, parameters }) {
     ...passed,
     ")",
     "for number, image in enumerate(made.data):",
-    `    with open(f"{number}.${suffix(body)}", "wb") as file:`,
+    `    with open(f"{number}.${suffix(parameters)}", "wb") as file:`,
     "        file.write(base64.b64decode(image.b64_json))",
     "",
   ].join("\n");

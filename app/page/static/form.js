@@ -52,6 +52,7 @@ const LABELS = {
   num_frames: "Frames",
   fps: "Frames a second",
   output_format: "Format",
+  prompt_weights: "Brackets weigh words",
   reproducible: "Reproducible",
   model: "Model",
   task: "Task",
@@ -102,15 +103,19 @@ export function Form({ models, model, draft, pictures, errors, busy, onDraft, on
             </${PictureWell}>
             ${fields.has("mask") && !pictures.image && errors.mask && html`
               <p class="error" id="f-mask">${errors.mask}</p>`}`}
-            ${fields.has("prompt") && (model.classes.length
+            ${task === "variation" && html`
+              <${Words} ...${bind("prompt")} label="From, in words" value=${draft.prompt} rows="2" />
+              <${Words} ...${bind("end_prompt")} value=${draft.end_prompt ?? ""} rows="2"
+                help="If set, the picture moves as this differs from the words above." />`}
+            ${task !== "variation" && fields.has("prompt") && (model.classes.length
               ? html`<${Choice} ...${bind("prompt")} label="What to draw"
                 value=${model.classes.includes(draft.prompt) ? draft.prompt : ""}
                 placeholder="Choose one of ${model.classes.length}"
                 options=${model.classes.map((name) => [name, name])} />`
               : html`<${Words} ...${bind("prompt")} value=${draft.prompt} rows="3"
                 placeholder="a red apple on a blue background" />`)}`}
-      ${fields.has("mix") && html`<${Slider} ...${number("mix")} min="0" max="1" step="0.05"
-        help="Where between the two: 0 is the first." />`}
+      ${fields.has("mix") && (fields.has("end_image") || draft.end_prompt) && html`
+        <${Slider} ...${number("mix")} min="0" max="1" step="0.05" help="Where between the two: 0 is the first." />`}
       ${fields.has("strength") && html`<${Slider} ...${number("strength")} min="0.05" max="1" step="0.05"
         help="How far to leave the picture." />`}
       ${["control", "ip_adapter"].map((part) => fields.has(`${part}_image`) && html`
@@ -150,9 +155,10 @@ export function Form({ models, model, draft, pictures, errors, busy, onDraft, on
           max=${model.video.maximum} step=${model.video.multiple_of} />
           <${Numeric} ...${number("fps")} min="1" max="120" /></div>`}
         <${Choice} ...${number("output_format")} options=${formats.map((it) => [it, it.toUpperCase()])} />
-        <label class="check"><input type="checkbox" id="f-reproducible" checked=${!!draft.reproducible}
-          onChange=${(event) => set("reproducible")(event.target.checked)} />
-          <span>Reproducible: same seed, same bytes, in any company</span></label>
+        ${fields.has("prompt_weights") && html`<${Check} ...${bind("prompt_weights")} value=${draft.prompt_weights}
+          label="Brackets weigh words: (more:1.3), [less]" />`}
+        <${Check} ...${bind("reproducible")} value=${draft.reproducible}
+          label="Reproducible: same seed, same bytes, in any company" />
       </details>
     </div>
     <div class="submit">
@@ -218,6 +224,12 @@ function Choice({ value, onValue, options, placeholder, ...field }) {
     ${options.map(([name, shown]) => html`<option key=${name} value=${name} selected=${name === value}>${shown}
       </option>`)}
   </select></div>`}</${Field}>`;
+}
+
+function Check({ field, label, error, value, onValue }) {
+  return html`<div class="field"><label class="check"><input type="checkbox" id=${idOf(field)} checked=${!!value}
+    onChange=${(event) => onValue(event.target.checked)} /><span>${label}</span></label>
+    ${error && html`<p class="error">${error}</p>`}</div>`;
 }
 
 const numberIn = (text) => (text.trim() === "" || Number.isNaN(Number(text)) ? null : Number(text));

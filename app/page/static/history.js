@@ -17,10 +17,14 @@ export class History {
   #tabs = new BroadcastChannel("darkroom");
   #watchers = new Set();
   #wake = new AbortController();
+  #epoch = 0; // of a key: what was asked with the one before is not kept
 
   constructor() {
     this.#tabs.onmessage = () => this.look();
-    document.addEventListener("visibilitychange", () => document.hidden || this.look());
+    document.addEventListener("visibilitychange", () => {
+      this.#changed();
+      if (!document.hidden) this.look();
+    });
     this.#keepLooking();
   }
 
@@ -55,40 +59,47 @@ export class History {
   }
 
   async refresh() {
+    const epoch = this.#epoch;
     const before = new Set(this.items.keys());
     try {
       const page = await json(`/v1/generations?limit=${PAGE}`);
+      if (epoch !== this.#epoch) return;
       const oldest = page.next_cursor ?? "";
       const there = new Set(page.data.map(({ id }) => id));
       for (const id of before) if (!there.has(id) && id >= oldest) this.items.delete(id);
       if (!this.loaded) this.cursor = page.next_cursor;
-      page.data.forEach((generation) => this.#keep(generation));
+      page.data.forEach((generation) => this.#keep(generation, epoch));
       this.loaded = true;
       this.problem = null;
     } catch (problem) {
+      if (epoch !== this.#epoch) return;
       this.problem = problem;
     }
     this.#changed();
   }
 
   async more() {
+    const epoch = this.#epoch;
     const page = await json(`/v1/generations?limit=${PAGE}&cursor=${this.cursor}`);
-    page.data.forEach((generation) => this.#keep(generation));
+    if (epoch !== this.#epoch) return;
+    page.data.forEach((generation) => this.#keep(generation, epoch));
     this.cursor = page.next_cursor;
     this.#changed();
   }
 
-  /** What was asked for before an end and answered after it is old news. */
-  #keep(generation) {
+  /** What was asked for before an end, or with another key, and answered after it is old news. */
+  #keep(generation, epoch) {
+    if (epoch !== this.#epoch) return;
     const known = this.items.get(generation.id);
     if (known && hasEnded(known) && !hasEnded(generation)) return;
     this.items.set(generation.id, generation);
   }
 
   async submit(body, idempotencyKey) {
+    const epoch = this.#epoch;
     const headers = { "Idempotency-Key": idempotencyKey };
     const generation = await json("/v1/generations", { method: "POST", body, headers });
-    this.#keep(generation);
+    this.#keep(generation, epoch);
     this.#tabs.postMessage("changed");
     this.look();
     this.#changed();
@@ -96,8 +107,9 @@ export class History {
   }
 
   async cancel(id) {
+    const epoch = this.#epoch;
     try {
-      this.#keep(await json(`/v1/generations/${id}`, { method: "DELETE" }));
+      this.#keep(await json(`/v1/generations/${id}`, { method: "DELETE" }), epoch);
     } catch (problem) {
       if (problem.status !== 409) throw problem; // it ended just now
       this.look();
@@ -108,21 +120,29 @@ export class History {
 
   /** One that is not among the newest, by a link. */
   async fetch(id) {
-    this.#keep(await json(`/v1/generations/${id}`));
+    const epoch = this.#epoch;
+    this.#keep(await json(`/v1/generations/${id}`), epoch);
     this.#changed();
   }
 
+  /** The key is another. */
   forget() {
+    this.#epoch++;
+    for (const stream of this.#streams.values()) stream.abort();
+    this.#streams.clear();
     this.items.clear();
     this.live.clear();
     this.loaded = false;
     this.cursor = null;
+    this.problem = null;
+    this.#changed();
     this.look();
   }
 
-  /** Streams of those that are next, so many; the others' progress comes with each look. */
+  /** Streams of those that are next, so many; the others' progress comes with each look. A hidden tab has none. */
   #follow() {
-    const wanted = this.newest.filter((generation) => !hasEnded(generation)).slice(-STREAMS);
+    const waiting = this.newest.filter((generation) => !hasEnded(generation));
+    const wanted = document.hidden ? [] : waiting.slice(-STREAMS);
     for (const [id, stream] of this.#streams) {
       if (!wanted.some((generation) => generation.id === id)) {
         stream.abort();
@@ -137,6 +157,7 @@ export class History {
     this.#streams.set(id, stream);
     let first = null;
     for await (const { name, data } of events(id, stream.signal)) {
+      if (stream.signal.aborted) return;
       const seen = this.live.get(id) ?? { previews: {} };
       if (name === "progress") {
         first ??= { step: data.step, at: performance.now() };

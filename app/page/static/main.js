@@ -1,7 +1,7 @@
 // The page: what is typed, what is looked at, and how the two meet.
 
 import { html, render, useCallback, useEffect, useReducer, useRef, useState } from "./vendor/preact-htm.js";
-import { apiKey, blobOf, hasEnded, json, newKey, setApiKey } from "./api.js";
+import { Problem, apiKey, blobOf, hasEnded, json, newKey, setApiKey } from "./api.js";
 import { Bar, KeyBox } from "./bar.js";
 import { pictureIn, readPicture } from "./canvas.js";
 import { Differences } from "./compare.js";
@@ -28,12 +28,11 @@ function App() {
   const [models, setModels] = useState(null);
   const [draft, setDraft] = useState(() => ({ ...EMPTY, ...recall("draft", {}) }));
   const [pictures, setPictures] = useState({});
-  const [problem, setProblem] = useState(null); // of what was asked for last
+  const [problem, setProblem] = useState(null); // of what was asked for last; `attempt`: what to ask again
   const [sending, setSending] = useState(false);
   const [selected, setSelected] = useState(fromAddress);
   const [pinned, setPinned] = useState(null);
   const [asksKey, setAsksKey] = useState(false);
-  const attempt = useRef(null); // { body, key }: asking the same again is the same request
 
   useEffect(() => history.watch(redraw), []);
   useEffect(() => remember("draft", draft), [draft]);
@@ -73,18 +72,18 @@ function App() {
     setPictures((before) => ({ ...before, [field]: picture, ...(field === "image" && { mask: null }) }));
   }, []);
 
-  const submit = async ({ again = false } = {}) => {
+  /** Asking the same again is the same request: its key says so. */
+  const submit = async (again = null) => {
     if (sending || !model) return;
-    if (!again || !attempt.current) attempt.current = { body: requestOf(model, draft, pictures), key: newKey() };
+    const attempt = again ?? { body: requestOf(model, draft, pictures), key: newKey() };
     setSending(true);
     try {
-      const generation = await history.submit(attempt.current.body, attempt.current.key);
-      attempt.current = null;
+      const generation = await history.submit(attempt.body, attempt.key);
       setProblem(null);
       select({ id: generation.id, index: 0 });
       if (matchMedia("(max-width: 860px)").matches) document.getElementById("stage").scrollIntoView({ block: "start" });
     } catch (failure) {
-      setProblem(failure);
+      setProblem(Object.assign(failure, { attempt: failure.passes ? attempt : null }));
       if (failure.status === 401) setAsksKey(true);
       const first = failure.errors.map(({ field }) => document.getElementById(idOf(field))).find(Boolean);
       requestAnimationFrame(() => first?.focus());
@@ -94,8 +93,9 @@ function App() {
   };
 
   /** A picture that somebody brings; where no task that is chosen wants one, one that does is. */
-  const take = async (file, field = null, task = null) => {
-    const wanted = task ?? taskThatTakes(model, draft);
+  const take = async (file, field = null) => {
+    if (!model) return undefined;
+    const wanted = field ? null : taskThatTakes(model, draft);
     if (!field && !wanted) return setProblem({ detail: `${model.title} starts from words only.`, errors: [] });
     const shape = { width: draft.width ?? model.size.width, height: draft.height ?? model.size.height };
     try {
@@ -144,10 +144,11 @@ function App() {
     try {
       picture = await readPicture(await blobOf(generation.images[at].url), which.size);
     } catch (failure) {
-      return setProblem(failure);
+      const unread = { detail: "This browser cannot read that picture.", errors: [] };
+      return setProblem(failure instanceof Problem ? failure : unread);
     }
-    const { prompt, negative_prompt } = draftOf(generation, at);
-    change({ ...EMPTY, prompt, negative_prompt, model: which.name, task });
+    const { prompt, negative_prompt, prompt_weights } = draftOf(generation, at);
+    change({ ...EMPTY, prompt, negative_prompt, prompt_weights, model: which.name, task });
     return setPictures({ image: picture });
   };
   const variation = models?.find(({ tasks }) => tasks.includes("variation"));
@@ -173,9 +174,8 @@ function App() {
     <${Announcer} generation=${shown} live=${shown && history.live.get(shown.id)} problem=${problem} />
     <main class="room">
       <div class="bench">
-        ${problem && html`<${Trouble} problem=${problem} canRetry=${Boolean(attempt.current)}
-          onRetry=${() => (attempt.current ? submit({ again: true }) : loadModels())}
-          onClose=${() => ((attempt.current = null), setProblem(null))} onKey=${() => setAsksKey(true)} />`}
+        ${problem && html`<${Trouble} problem=${problem} onRetry=${() => submit(problem.attempt)}
+          onClose=${() => setProblem(null)} onKey=${() => setAsksKey(true)} />`}
         ${model
           ? html`<${Form} models=${models} model=${model} draft=${draft} pictures=${pictures} errors=${errors}
             busy=${sending}
@@ -245,12 +245,12 @@ function Announcer({ generation, live, problem }) {
 }
 
 /** What went wrong; what passes by itself is counted down, and asked again. */
-function Trouble({ problem, canRetry, onRetry, onClose, onKey }) {
+function Trouble({ problem, onRetry, onClose, onKey }) {
   const [left, setLeft] = useState(null);
   const retry = useRef(onRetry);
   retry.current = onRetry;
   useEffect(() => {
-    if (!problem.passes || !canRetry) return setLeft(null);
+    if (!problem.attempt) return setLeft(null);
     const at = performance.now() + 1000 * Math.max(1, problem.retryAfter);
     const tick = () => {
       const seconds = Math.ceil((at - performance.now()) / 1000);

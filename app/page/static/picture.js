@@ -1,7 +1,7 @@
 // A generation's picture on the page, however it may be fetched.
 
 import { html, useEffect, useState } from "./vendor/preact-htm.js";
-import { apiKey, blobOf } from "./api.js";
+import { apiKey, blobOf, pause } from "./api.js";
 
 /** Where an <img> finds this: with a key we fetch it, since an <img> cannot send one. The last one stays meanwhile. */
 export function useSource(url) {
@@ -12,9 +12,21 @@ export function useSource(url) {
       setSource(url);
       return undefined;
     }
-    let wanted = true;
-    blobOf(url).then((blob) => wanted && setSource(URL.createObjectURL(blob)), () => {});
-    return () => (wanted = false);
+    const left = new AbortController();
+    const load = async () => {
+      try {
+        const blob = await blobOf(url);
+        if (!left.signal.aborted) setSource(URL.createObjectURL(blob));
+      } catch (failure) {
+        if (left.signal.aborted) return;
+        setSource(null);
+        if (!failure.passes) return;
+        await pause(1000 * Math.max(1, failure.retryAfter), left.signal);
+        if (!left.signal.aborted) load();
+      }
+    };
+    load();
+    return () => left.abort();
   }, [url, keyed]);
   useEffect(() => () => source?.startsWith("blob:") && URL.revokeObjectURL(source), [source]);
   return source;

@@ -5,7 +5,7 @@ export const TASKS = {
   "text-to-image": { label: "From words", needs: ["prompt"], may: [] },
   "image-to-image": { label: "From a picture", needs: ["prompt", "image"], may: ["strength"] },
   inpaint: { label: "Repaint", needs: ["prompt", "image", "mask"], may: ["strength"] },
-  variation: { label: "Variation", needs: ["image"], may: [] },
+  variation: { label: "Variation", needs: ["image"], may: ["prompt", "end_prompt", "mix"] },
   interpolate: { label: "In between", needs: [], may: ["prompt", "image", "end_prompt", "end_image", "mix"] },
   upscale: { label: "Enlarge", needs: ["image"], may: ["prompt"] },
   "text-to-video": { label: "Film from words", needs: ["prompt"], may: [] },
@@ -13,7 +13,15 @@ export const TASKS = {
 };
 
 export const PICTURES = ["image", "mask", "end_image", "control_image", "ip_adapter_image"];
-const UNSET = { negative_prompt: "", n: 1, best_of: 1, reproducible: false, priority: "normal", output_format: "png" };
+const UNSET = {
+  negative_prompt: "",
+  prompt_weights: false,
+  n: 1,
+  best_of: 1,
+  reproducible: false,
+  priority: "normal",
+};
+const NOT_OF_THE_PICTURE = ["preview_every", "webhook"];
 const BY_WHAT_IS_GIVEN = ["text-to-image", "image-to-image", "inpaint", "text-to-video", "image-to-video"];
 
 export const EMPTY = { prompt: "", negative_prompt: "", n: 1, seed: null, guidance: {}, loras: {} };
@@ -34,6 +42,7 @@ export function fieldsOf(model, task) {
     ...(model.needs.includes("control_image") ? ["control_scale"] : []),
     ...(model.needs.includes("ip_adapter_image") ? ["ip_adapter_scale"] : []),
     ...(guided && told ? ["negative_prompt"] : []),
+    ...(told && model.prompt_weights ? ["prompt_weights"] : []),
     ...(size.minimum < size.maximum ? ["width", "height"] : []),
     ...(samples || limits.num_inference_steps > model.defaults.num_inference_steps ? ["num_inference_steps"] : []),
     ...(guided ? ["guidance_scale"] : []),
@@ -110,6 +119,10 @@ export function requestOf(model, draft, pictures) {
     if (body.image) delete body.prompt;
     if (body.end_image) delete body.end_prompt;
   }
+  if (task === "variation" && !body.end_prompt) {
+    delete body.mix;
+    if (!body.best_of) delete body.prompt; // it says nothing alone, but to CLIP
+  }
   const steps = draft.num_inference_steps ?? model.defaults.num_inference_steps;
   return { ...body, preview_every: Math.max(1, Math.round(steps / 12)) };
 }
@@ -120,7 +133,8 @@ export function repeated(parameters, model) {
   const body = {};
   for (const [field, value] of Object.entries(parameters)) {
     const open = ["model", "prompt", "seed"].includes(field) ? null : model && defaultOf(model, task, field);
-    if ([null, "", open, UNSET[field]].includes(value) || [...PICTURES, "preview_every"].includes(field)) continue;
+    if ([...PICTURES, ...NOT_OF_THE_PICTURE].includes(field)) continue;
+    if ([null, "", open, UNSET[field]].includes(value)) continue;
     if (typeof value !== "object") body[field] = value;
     else if (Array.isArray(value) ? value.length : Object.keys(pruned(value)).length) body[field] = pruned(value);
   }
@@ -135,7 +149,7 @@ const pruned = (value) =>
 export function draftOf(generation, index = 0) {
   const { parameters } = generation;
   const draft = { ...EMPTY, ...pruned(parameters), guidance: pruned(parameters.guidance ?? {}) };
-  for (const field of [...PICTURES, "preview_every", "metadata", "expires_in", "priority"]) delete draft[field];
+  for (const field of [...PICTURES, ...NOT_OF_THE_PICTURE, "metadata", "expires_in", "priority"]) delete draft[field];
   draft.loras = Object.fromEntries((parameters.loras ?? []).map(({ name, scale }) => [name, scale]));
   draft.seed = generation.images[index]?.seed ?? parameters.seed;
   return draft;

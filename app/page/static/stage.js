@@ -36,8 +36,8 @@ export function Stage({ generation, live, index, model, onIndex, onCancel, actio
     <div class="caption">
       <h2>${generation.parameters.prompt || altOf(generation, 0)}${generation.parameters.end_prompt ? html` <span
         class="to">→ ${generation.parameters.end_prompt}</span>` : null}</h2>
-      ${generation.images.length > 0 && html`<${Actions} generation=${generation} index=${index} model=${model}
-        ...${actions} />`}
+      ${generation.images.length > 0 && html`<${Actions} key=${imageOf(generation, index).url}
+        generation=${generation} index=${index} model=${model} ...${actions} />`}
       ${hasEnded(generation) && !generation.images.length && html`<div class="actions">
         <button type="button" onClick=${actions.onReuse}><${Icon} name="reuse" />Reuse</button></div>`}
       ${generation.warnings.map((warning) => html`<p class="warning">${warning}</p>`)}
@@ -46,9 +46,11 @@ export function Stage({ generation, live, index, model, onIndex, onCancel, actio
   </article>`;
 }
 
+const imageOf = ({ images }, index) => images[index] ?? images[0];
+
 function Drawn({ generation, index, onIndex }) {
   const { images } = generation;
-  const image = images[index] ?? images[0];
+  const image = imageOf(generation, index);
   return html`<div class="drawn">
     <div class="frame" data-shape=${shapeOf(image)}>
       <${Picture} key=${image.url} url=${image.url} film=${isFilm(generation, image)} alt=${altOf(generation, index)}
@@ -93,17 +95,17 @@ function Preview({ url, done, number }) {
 }
 
 function Actions({ generation, index, model, pinned, onReuse, onUse, onVary, onPin }) {
-  const image = generation.images[index] ?? generation.images[0];
   const [showsCode, setShowsCode] = useState(false);
-  const source = useSource(image.url);
+  const source = useSource(imageOf(generation, index).url);
   return html`<div class="actions">
     <button type="button" onClick=${onReuse}><${Icon} name="reuse" />Reuse</button>
     ${onVary && html`<button type="button" onClick=${onVary}><${Icon} name="spark" />Vary</button>`}
     ${onUse && html`<button type="button" onClick=${onUse}><${Icon} name="brush" />Edit</button>`}
     <button type="button" aria-pressed=${pinned ? "true" : "false"} onClick=${onPin}><${Icon} name="compare" />
       ${pinned ? "Stop comparing" : "Compare"}</button>
-    <a class="button" href=${source} download="${generation.id}-${index}.${generation.parameters.output_format}">
-      <${Icon} name="download" />Download</a>
+    ${source && html`<a class="button" href=${source}
+      download="${generation.id}-${index}.${generation.parameters.output_format}">
+      <${Icon} name="download" />Download</a>`}
     <button type="button" aria-haspopup="dialog" onClick=${() => setShowsCode(true)}>
       <${Icon} name="code" />Copy as…</button>
     ${showsCode && html`<${CodeDialog} generation=${generation} model=${model} onClose=${() => setShowsCode(false)} />`}
@@ -131,8 +133,15 @@ function CodeDialog({ generation, model, onClose }) {
 }
 
 const ELSEWHERE = ["prompt", "seed", "guidance", "loras"];
-const HIDDEN = [...ELSEWHERE, "metadata", "preview_every", "priority", "expires_in", ...PICTURES];
-const USUAL = { n: 1, best_of: 1, reproducible: false, negative_prompt: "", output_format: "png" };
+const HIDDEN = [...ELSEWHERE, "metadata", "preview_every", "priority", "expires_in", "webhook", ...PICTURES];
+const USUAL = {
+  n: 1,
+  best_of: 1,
+  reproducible: false,
+  negative_prompt: "",
+  prompt_weights: false,
+  output_format: "png",
+};
 
 /** What a picture was drawn by, as [field, label, text]. */
 export function facts(generation, index = 0) {

@@ -122,10 +122,11 @@ function Workers({ now }) {
     ${now.workers.length
       ? html`<div class="scrolls" tabindex="0" role="group" aria-label="Table of workers"><table class="differences">
           <thead><tr><th scope="col">Worker</th><th scope="col">Device</th><th scope="col">Up for</th>
-            <th scope="col">Models in memory: rows of a pass, of how many</th></tr></thead>
+            <th scope="col">Models in memory: rows a pass</th></tr></thead>
           <tbody>${now.workers.map(({ name, device, uptime_seconds: up, stopping, models }) => html`<tr key=${name}>
             <th scope="row">${name}</th><td>${device}</td><td>${span(up)}${stopping && ", stopping"}</td>
-            <td>${models.map((model) => `${model.name} ${rounded(model.rows)} of ${model.width}`).join(" · ")}</td></tr>`)}</tbody>
+            <td><ul>${models.map((model) => html`<li key=${model.name}>
+              ${model.name}: ${rounded(model.rows)} of ${model.width}</li>`)}</ul></td></tr>`)}</tbody>
               </table></div>`
       : html`<p class="away">No worker has said anything for a while. What is accepted waits for one.</p>`}
   </section>`;
