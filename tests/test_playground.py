@@ -164,16 +164,16 @@ def test_a_prompt_becomes_a_picture_that_sharpens_on_the_way(page: Page):
     expect(page.get_by_role("heading", name="Nothing developed yet")).to_be_visible()
     page.get_by_role("button", name="a lemon next to a strawberry").click()
     expect(page.get_by_label("Prompt")).to_be_focused()
-    page.get_by_label("Steps", exact=True).fill("24")
+    page.get_by_label("Steps", exact=True).fill("60")
     page.get_by_label("Prompt").press("Control+Enter")
     expect(page.locator("img.preview")).to_be_visible()
     first = page.locator("img.preview").get_attribute("src")
     expect(page.locator("img.preview")).not_to_have_attribute("src", first or "")
     expect(page.get_by_role("progressbar")).to_have_attribute("value", re.compile(r"^0\.\d+"))
-    expect(page.get_by_text(re.compile(r"^Drawing: step \d+ of 24, about \d+ s left$")).first).to_be_visible()
+    expect(page.get_by_text(re.compile(r"^Drawing: step \d+ of 60, about \d+ s left$")).first).to_be_visible()
     hangs(page, "a lemon next to a strawberry")
     expect(page.get_by_role("status")).to_have_text("The picture is ready")
-    expect(page.locator(".facts")).to_contain_text("24")
+    expect(page.locator(".facts")).to_contain_text("60")
     assert page.locator(".tile").count() == 1
 
 
