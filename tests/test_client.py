@@ -218,12 +218,13 @@ def test_a_restart_of_the_server_in_the_middle_is_not_noticed(client: Darkroom, 
 def test_connections_that_break_again_and_again_are_not_noticed(client: Darkroom, network: Proxy):
     async def watched() -> list[int | None]:
         async with AsyncDarkroom(f"http://{network.address}") as client:
-            steps = list[int | None]()
+            steps, healing = list[int | None](), later(0, lambda: None)
             async for event in client.watch(await client.submit("a dog", **LONG)):
                 steps += [event.step] if event.name == "progress" else []
                 if event.step in (5, 20, 21, 40):
+                    healing.join()
                     network.cut()
-                    later(0.2, network.heal)
+                    healing = later(0.2, network.heal)
             return steps
 
     steps = asyncio.run(watched())
