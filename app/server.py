@@ -1,7 +1,9 @@
 """uvicorn, for clients that are slow and for restarts that nobody notices."""
 
 import asyncio
+import os
 import socket
+from contextlib import suppress
 from typing import Any, cast
 
 import uvicorn
@@ -29,12 +31,28 @@ def serve(app: FastAPI, host: str, port: int) -> None:
 
 class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Whoever waits or listens is answered first: uvicorn tells the app only when all connections have ended."""
+        """Whoever waits or listens is answered first: uvicorn tells the app only when all connections have ended.
+
+        What the kernel has accepted and we have not is answered as well: to close its socket is to reset it.
+        """
+        listening = [socket.socket(fileno=os.dup(one.fileno())) for server in self.servers for one in server.sockets]
         for server in self.servers:
-            server.close()
+            server.close()  # which leaves those open
+        accepted = list[socket.socket]()
+        for one in listening:
+            one.setblocking(False)
+            with one, suppress(BlockingIOError):
+                while True:
+                    accepted.append(one.accept()[0])
+        for one in accepted:
+            await asyncio.get_running_loop().connect_accepted_socket(self.connection, one)
         cast(FastAPI, self.config.app).state.listeners.leaving.set()
         await asyncio.sleep(0.1)  # what was accepted just now is read, and begins
         await super().shutdown(sockets)
+
+    def connection(self) -> asyncio.Protocol:
+        """As uvicorn makes them."""
+        return Connection(self.config, self.server_state, self.lifespan.state)
 
 
 class Connection(H11Protocol):

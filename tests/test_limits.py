@@ -1,8 +1,11 @@
 """Nobody can take more than there is of anything: slow and vanished clients, crowds of listeners, and a restart."""
 
 import json
+import os
 import re
 import socket
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +16,8 @@ import httpx2
 import pytest
 from redis import Redis
 
-from app.local import EmbeddedRedis, LocalService
+from app.local import EmbeddedRedis, LocalService, free_port, port_open
+from app.parts import Part
 from tests.conftest import local_settings
 from tests.lab import until
 from tests.test_bad_input import GOOD, URL, hashed, problem_of
@@ -263,3 +267,40 @@ def test_of_those_who_are_answered_while_the_api_stops_nobody_sees_an_error(rest
             stopped = True
         statuses = [status for future in posting for status in future.result()]
     assert set(statuses) == {202}  # some, and no other
+
+
+def test_an_api_that_stops_answers_whoever_got_through_to_it(tmp_path: Path):
+    """Also those whom the kernel has let in and nobody has accepted yet: more than half of the stops met some."""
+    answered, lost = list[bytes](), list[str]()
+
+    def ask(port: int) -> None:
+        while True:
+            try:
+                connection = socket.create_connection(("127.0.0.1", port), 5)
+            except OSError:
+                return
+            with connection:
+                try:
+                    connection.sendall(b"GET /livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+                    (answered if (data := connection.recv(100)) else lost).append(data or "nothing came")
+                except OSError as error:
+                    lost.append(str(error))
+
+    for _ in range(4):
+        port = free_port("127.0.0.1")
+        environment = (
+            os.environ | local_settings(tmp_path, port=port).environment() | {"REDIS_URL": "redis://127.0.0.1:1"}
+        )
+        api = Part(
+            "API", [sys.executable, "-m", "app.cli", "api"], environment, lambda _, at=port: port_open("127.0.0.1", at)
+        )
+        api.wait(30)
+        clients = [threading.Thread(target=ask, args=(port,)) for _ in range(12)]
+        for client in clients:
+            client.start()
+        time.sleep(0.5)
+        api.stop()
+        for client in clients:
+            client.join()
+    assert lost == []
+    assert len(answered) > 100

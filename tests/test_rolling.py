@@ -3,7 +3,6 @@
 import signal
 import threading
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,25 +35,15 @@ def fleet(tmp_path: Path) -> Iterator[tuple[list[Part], int]]:
             second.stop()
 
 
-def test_a_rolling_restart_of_everything_under_load_loses_nothing(fleet: tuple[list[Part], int]):
+def test_a_rolling_restart_of_everything_under_load_refuses_nothing(fleet: tuple[list[Part], int]):
     parts, port = fleet
-    over, wrong, again, done = threading.Event(), list[str](), list[str](), list[str]()
-
-    def submitted(http: httpx2.Client, headers: dict[str, str]) -> httpx2.Response:
-        """Asked again as the answer says, in the rare case that a socket closed just as a POST came to it."""
-        headers = headers | {"Idempotency-Key": uuid.uuid4().hex}
-        answer = http.post("/v1/generations", json=BODY, headers=headers)
-        if answer.status_code == 503 and "no answer from the API" in answer.text:
-            again.append(answer.text)
-            time.sleep(float(answer.headers["Retry-After"]))
-            answer = http.post("/v1/generations", json=BODY, headers=headers)
-        return answer
+    over, wrong, done = threading.Event(), list[str](), list[str]()
 
     def client(number: int) -> None:
         with httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http:
             while not over.is_set():
                 headers = {"Prefer": "wait=20"} if number % 2 else {}
-                answers = [submitted(http, headers)]
+                answers = [http.post("/v1/generations", json=BODY, headers=headers)]
                 while answers[-1].is_success and answers[-1].json()["status"] in ("queued", "running"):
                     answers.append(http.get(f"/v1/generations/{answers[-1].json()['id']}"))
                     over.wait(0.05)
@@ -79,5 +68,4 @@ def test_a_rolling_restart_of_everything_under_load_loses_nothing(fleet: tuple[l
     for one in clients:
         one.join(60)
     assert not wrong
-    assert len(again) <= 2, again
-    assert len(set(done)) == len(done) > 20
+    assert len(done) > 20
