@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, quantiles
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, TypeVar
 
 from workers.policy import Policy, Waits, fitting
 
@@ -38,11 +38,6 @@ MIXES: Mapping[str, Sequence[Kind]] = {
     "c": [Kind(0.8, 20), Kind(0.2, 20, model="sdxl")],
     "d": [Kind(0.5, 20), Kind(0.5, 20, rows=1)],
 }
-
-
-class Turns(Protocol):
-    def turn(self, waiting: Sequence[W]) -> list[W]: ...
-    def charge(self, account: str, seconds: float) -> None: ...
 
 
 class FirstCome(Policy):
@@ -85,7 +80,7 @@ def width(curve: Mapping[int, float]) -> int:
 
 
 def passes(
-    requests: Sequence[Request], curves: Curves, policy: Turns, overbooking: float = 1.0, widest: int | None = None
+    requests: Sequence[Request], curves: Curves, policy: Policy, overbooking: float = 1.0, widest: int | None = None
 ) -> Iterator[list[Request]]:
     """Each pass until all have ended: who took part in it."""
     queue, waiting, now = deque(sorted(requests, key=lambda one: one.arrives)), list[Request](), 0.0
