@@ -90,7 +90,7 @@ def signed_for(path: str, query: bytes, keys: Keys) -> str | None:
     return name if matches else None
 
 
-def owner(request: Request, _: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)] = None) -> str:
+async def owner(request: Request, _: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)] = None) -> str:
     """Whom `KeyCheck` let in; `bearer` is here for the documentation."""
     return request.state.owner
 

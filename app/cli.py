@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
@@ -49,7 +50,7 @@ def up(
     end_with_parent(with_parent)
     settings = read_settings(host=host, port=port, data_dir=data_dir)
     check_cards(settings)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    end_at_sigterm(0)
     try:
         status = console.status("starting")
         status.start()
@@ -66,17 +67,25 @@ def up(
 
 
 @cli.command()
-def api(host: Annotated[str | None, HOST] = None, port: Annotated[int | None, PORT] = None) -> None:
+def api(
+    host: Annotated[str | None, HOST] = None,
+    port: Annotated[int | None, PORT] = None,
+    shares_port: Annotated[bool, typer.Option("--shares-port", hidden=True)] = False,
+) -> None:
     """Run the HTTP front end alone; REDIS_URL says where the queue is."""
     settings = read_settings(host=host, port=port)
     check_cards(settings)
     redis_url = required_redis(settings)
     from app import logs
-    from app.main import create_app
-    from app.server import serve
 
     logs.set_up(settings)
-    serve(create_app(settings, redis_url), settings.host, settings.port)
+    if settings.api_processes > 1 and not shares_port:
+        watch_apis(settings)
+    else:
+        from app.main import create_app
+        from app.server import serve
+
+        serve(create_app(settings, redis_url), settings.host, settings.port, shares_port)
 
 
 @cli.command()
@@ -239,7 +248,7 @@ def some_service(url: str, fresh: bool, models: "Sequence[str]" = ()) -> "Genera
     from app.parts import StartFailed
     from darkroom import Darkroom, DarkroomError
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    end_at_sigterm(143)
     try:
         if not fresh and answers(url):
             with Darkroom(url) as client:
@@ -372,6 +381,21 @@ def webhooks(
         raise SystemExit(f"Redis does not answer: {error}") from None
 
 
+def watch_apis(settings: Settings) -> None:
+    """As many as the settings say, until a signal comes."""
+    from app.local import Apis
+    from app.parts import StartFailed
+
+    end_at_sigterm(0)
+    try:
+        with Apis(settings) as service:
+            service.watch(lambda line: console.print(line, soft_wrap=True, highlight=False))
+    except KeyboardInterrupt:
+        pass
+    except StartFailed as error:
+        raise SystemExit(str(error)) from None
+
+
 def print_letters(letters: "Iterable[Dead]") -> None:
     table = Table("id", "model", "owner", "attempts", "ended", "reason")
     table.columns[0].no_wrap = True
@@ -388,6 +412,21 @@ def end_with_parent(wanted: bool) -> None:
         from app.parts import die_with_parent
 
         die_with_parent(os.getppid(), signal.SIGTERM)
+
+
+def end_at_sigterm(status: int) -> None:
+    """As at Ctrl-C. What a signal raises in a `__del__` Python only reports, and goes on: so it is sent again."""
+    report = sys.unraisablehook
+
+    def send_again(what: "sys.UnraisableHookArgs") -> None:
+        if isinstance(what.exc_value, SystemExit | KeyboardInterrupt):
+            number = signal.SIGTERM if isinstance(what.exc_value, SystemExit) else signal.SIGINT
+            threading.Timer(0.01, os.kill, (os.getpid(), number)).start()  # when we are back from there
+        else:
+            report(what)
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(status))
+    sys.unraisablehook = send_again
 
 
 def check_cards(settings: Settings) -> None:

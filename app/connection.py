@@ -5,6 +5,8 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import redis.asyncio
+import redis.asyncio.retry
 from redis import ConnectionPool, Redis
 from redis.backoff import NoBackoff
 from redis.connection import Connection
@@ -20,6 +22,12 @@ def connect(url: str, timeout: float) -> "Redis":
     """`timeout` seconds are for each: to connect, and to be silent."""
     pool = Pool.from_url(url, retry=OnceMore(), socket_timeout=timeout, socket_connect_timeout=timeout)
     return Redis.from_pool(pool)
+
+
+def connect_async(url: str, timeout: float) -> "redis.asyncio.Redis":
+    """As `connect`, for an event loop; who uses it notices silences himself."""
+    once_more = redis.asyncio.retry.Retry(NoBackoff(), 1, supported_errors=(ConnectionError,))
+    return redis.asyncio.Redis.from_url(url, retry=once_more, socket_timeout=timeout, socket_connect_timeout=timeout)
 
 
 class OnceMore(Retry):

@@ -7,6 +7,7 @@ from typing import NamedTuple, cast
 import structlog
 from redis import Redis
 from redis.client import Pipeline
+from rq.executions import ExecutionRegistry
 from rq.job import Job, JobStatus
 from rq.queue import Queue
 from rq.registry import FailedJobRegistry
@@ -78,6 +79,8 @@ def requeue(connection: "Redis", id: str, max_attempts: int) -> None:
         if record is None or record.status != "failed" or pipe.zscore(failed, id) is None:
             standing = record.status if record else "gone"
             raise NotRequeueable(f"generation {id} is {standing}; only what has failed is queued again")
+        if pipe.zcard(ExecutionRegistry(id, connection).key):  # who found that it failed has more to write
+            raise NotRequeueable(f"generation {id} is failing this moment; try again")
         pipe.multi()
         pipe.hset(key, mapping={"status": JobStatus.QUEUED.value, "meta": "{}", "enqueued_at": now()})
         pipe.hset(key, "retries_left", max_attempts - 1)

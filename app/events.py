@@ -47,13 +47,13 @@ def record(
     pipe.expire(key, ttl, lt=True)  # a preview that comes after the end does not keep the stream
 
 
-def latest(pipe: Pipeline, generation: str) -> None:
-    """Ask for the newest event; `parse` the answer."""
-    pipe.xrevrange(stream(generation), count=1)
-
-
 def parse(entries: list[Any]) -> list[Event]:
     return [Event(text(id), text(fields[b"event"]), json.loads(fields[b"data"])) for id, fields in entries]
+
+
+def flat(id: bytes, fields: list[bytes]) -> Event:
+    """One as scripts hand it on, names and values in a row."""
+    return parse([(id, dict(zip(fields[::2], fields[1::2], strict=True)))])[0]
 
 
 def text(value: bytes | str) -> str:

@@ -5,6 +5,7 @@ both live exactly as long as the job does. The function that RQ names is never i
 """
 
 import hashlib
+import itertools
 import json
 import secrets
 import threading
@@ -13,19 +14,19 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
-from typing import Any, Literal, NamedTuple, TypeVar, cast, get_args
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import structlog
 from obstore.exceptions import BaseError as BlobStoreError
 from redis import Redis
 from redis.client import Pipeline
-from redis.exceptions import RedisError
 from rq.executions import Execution, ExecutionRegistry
 from rq.job import Job, JobStatus
 from rq.queue import Queue
 from rq.registry import StartedJobRegistry
 from rq.serializers import JSONSerializer
-from rq.utils import utcformat, utcparse
+from rq.utils import utcformat
 
 from app import events, metrics, webhooks
 from app.errors import IdempotencyConflict, InvalidRequest, NotCancelable, NotFound, QueueFull
@@ -33,6 +34,7 @@ from app.images import png_bytes, read_image, read_mask
 from app.outbound import Allowed, Forbidden, read_url
 from app.schemas import (
     PICTURES,
+    PRIORITIES,
     Failure,
     Generation,
     GenerationList,
@@ -44,16 +46,19 @@ from app.schemas import (
     Status,
     merged,
 )
+from app.scripts import PEEK, SUBMIT
 from app.settings import Settings
 from app.storage import BlobStore, generation_folder, input_key
 from models.catalog import Catalog, ModelCard
 
 log = structlog.get_logger()
 
-PRIORITIES: tuple[Priority, ...] = get_args(Priority)
 BELL = "darkroom:bell"  # rung when there is something to pick up or to drop, so that workers need not look
+REUSED = "this Idempotency-Key came with another request before"
 IDEMPOTENCY_TTL = timedelta(days=1)
 LISTED_FOR = timedelta(days=7)  # the longest that a generation may wait, `expires_in`
+COUNT = itertools.count()
+NOBODY = Redis()  # RQ wants a connection where none is used
 FIELDS = ("status", "data", "meta", "created_at", "started_at", "ended_at", "attempts")
 
 STATUS: dict[JobStatus, Status] = {
@@ -68,8 +73,8 @@ STATUS: dict[JobStatus, Status] = {
 
 
 def new_id(at: float | None = None) -> str:
-    """32 hex digits, of which the first 12 are the time in milliseconds: ids sort by age."""
-    return f"{int((at or time.time()) * 1000):012x}{secrets.token_hex(10)}"
+    """32 hex digits: 12 are the time in milliseconds, 4 count within one. So ids sort by age."""
+    return f"{int((at or time.time()) * 1000):012x}{next(COUNT) & 0xFFFF:04x}{secrets.token_hex(8)}"
 
 
 def age_of(id: str) -> float:
@@ -96,6 +101,20 @@ class Pace(NamedTuple):
     until: float  # seconds since the epoch; a worker that says nothing more is not counted on
     rows_per_second: float  # through the denoiser, at its batch width
     rows_per_job: float  # rows × steps, of the jobs it saw lately
+
+
+class Outlook(NamedTuple):
+    """What is ahead of a queued generation."""
+
+    position: int
+    rows_per_second: float  # of all workers that are alive; 0 if there is none
+    rows_per_job: float
+
+    def seconds(self, own: float) -> float | None:
+        """Until it is likely done, if it takes so many rows itself."""
+        if not self.rows_per_second:
+            return None
+        return round((self.position * self.rows_per_job + own) / self.rows_per_second, 3)
 
 
 T = TypeVar("T")
@@ -125,6 +144,7 @@ class Record(NamedTuple):
     ended_at: datetime | None
     attempts: int
     last: events.Event | None
+    outlook: Outlook | None = None  # while it is queued
 
     @property
     def expires_at(self) -> datetime | None:
@@ -158,28 +178,71 @@ class Jobs:
             IdempotencyConflict: the key came with another request before.
             QueueFull: nothing was accepted; `Retry-After` says when to come back.
         """
+        brings = any(getattr(request, field) is not None for field in PICTURES)
+        try:
+            submission = self.prepare(request, owner, idempotency_key, shape, base)
+        except InvalidRequest:
+            if first := self._answered(request, owner, idempotency_key):
+                return first, True
+            raise
+        if brings:
+            if first := self._answered(request, owner, idempotency_key):
+                return first, True
+            pictures = self._pictures(request)
+            submission = submission.with_pictures(pictures)
+            if first := self.conclude(submission, SUBMIT(self.connection, *submission.call(self.settings, True))):
+                return self.fetch(first, owner), True
+            self._store(submission.id, pictures)
+        answer = SUBMIT(self.connection, *submission.call(self.settings))
+        if first := self.conclude(submission, answer):
+            return self.fetch(first, owner), True
+        return submission.shown(answer), False
+
+    def prepare(
+        self,
+        request: GenerationRequest,
+        owner: str,
+        idempotency_key: str | None = None,
+        shape: webhooks.Shape = "darkroom",
+        base: str = "",
+    ) -> "Submission":
+        """All that is to be known before Redis is asked; of a request with pictures, without them."""
         card = self._card(request)
         token = Token.of(idempotency_key, owner, request) if idempotency_key else None
-        if token and (first := token.answered(self.connection)):
-            return self.fetch(first, owner), True
         if problems := [*card.problems(request), *self._problems_of_webhook(request)]:
             raise InvalidRequest(problems)
         hook = webhooks.Hook.of(request.webhook, shape, base) if request.webhook else None
-        id = new_id()
-        pictures = self._pictures(request)
-        parameters = complete(request, card, pictures)
-        self._refuse_if_full(card)
-        if hook:
-            self._refuse_if_nobody_is_told()
-        self._store(id, pictures)
-        if first := self._enqueue(id, parameters, owner, hook, token):
-            return self.fetch(first, owner), True
-        log.info("queued", generation=id, model=card.name, task=parameters.kind, owner=owner)
-        try:
-            return self.fetch(id, owner), False
-        except RedisError as error:  # it is stored all the same, and what is stored is acknowledged
-            log.warning("redis_unavailable", generation=id, error=str(error))
-            return as_queued(id, parameters), False
+        return Submission(new_id(), complete(request, card), owner, hook, token)
+
+    def conclude(self, submission: "Submission", answer: Sequence[Any]) -> str | None:
+        """What becomes of it. Returns the id of the generation that had this idempotency key first, if any."""
+        word, *said = answer
+        model = submission.parameters.model
+        match word.decode():
+            case "replayed":
+                return said[0].decode()
+            case "conflict":
+                raise IdempotencyConflict(REUSED)
+            case "full":
+                metrics.REFUSED.labels(model).inc()
+                ahead = Outlook(said[0], float(said[1]), float(said[2]))
+                too_long = (ahead.seconds(0) or 0.0) - self.settings.max_queued_seconds.total_seconds()
+                after = max(too_long, ahead._replace(position=1).seconds(0) or 10.0)
+                raise QueueFull(f"{said[0]} generations are waiting for {model}; nothing was accepted", after)
+            case "undelivered":
+                raise QueueFull(f"{said[0]} webhooks wait to be delivered; nothing was accepted", 60)
+            case "queued":
+                kind = submission.parameters.kind
+                log.info("queued", generation=submission.id, model=model, task=kind, owner=submission.owner)
+            case _:  # it would be accepted
+                pass
+        return None
+
+    def _answered(self, request: GenerationRequest, owner: str, idempotency_key: str | None) -> Generation | None:
+        """What the first request with this key was answered."""
+        token = Token.of(idempotency_key, owner, request) if idempotency_key else None
+        first = token.answered(self.connection) if token else None
+        return self.fetch(first, owner) if first else None
 
     def _card(self, request: GenerationRequest) -> ModelCard:
         if request.model is None:
@@ -221,69 +284,6 @@ class Jobs:
                 self.blobs.delete(generation_folder(id))  # or the first of two keeps the room on a full disk
             raise
 
-    def _refuse_if_full(self, card: ModelCard) -> None:
-        with self.connection.pipeline(transaction=False) as pipe:
-            for priority in PRIORITIES:
-                pipe.llen(Queue(queue_name(card.name, priority), connection=self.connection).key)
-            pipe.hvals(pace_key(card.name))
-            *lengths, paces = pipe.execute()
-        waiting, seconds = sum(lengths), seconds_for(sum(lengths), paces) or 0.0
-        too_long = seconds - self.settings.max_queued_seconds.total_seconds()
-        if waiting >= self.settings.max_queued or too_long > 0:
-            metrics.REFUSED.labels(card.name).inc()
-            after = max(too_long, seconds_for(1, paces) or 10.0)
-            raise QueueFull(f"{waiting} generations are waiting for {card.name}; nothing was accepted", after)
-
-    def _refuse_if_nobody_is_told(self) -> None:
-        """What waits for a receiver takes memory for days; a 202 must not promise what there is no room for."""
-        if (pending := self.connection.zcard(webhooks.DUE)) >= webhooks.MOST_PENDING:
-            raise QueueFull(f"{pending} webhooks wait to be delivered; nothing was accepted", 60)
-
-    def _enqueue(
-        self, id: str, parameters: Parameters, owner: str, hook: webhooks.Hook | None, token: "Token | None"
-    ) -> str | None:
-        """All of it or nothing. Returns the id of the generation that had this idempotency key first, if any."""
-        queue = Queue(
-            queue_name(parameters.model, parameters.priority), connection=self.connection, serializer=JSONSerializer
-        )
-        ttl = self.settings.result_ttl
-        job = Job.create(
-            "generations.draw",
-            kwargs={"parameters": parameters.model_dump(exclude_defaults=True), "owner": owner},
-            id=id,
-            connection=self.connection,
-            serializer=JSONSerializer,
-            description=parameters.model,
-            timeout=int(self.settings.job_timeout.total_seconds()),
-            result_ttl=int(ttl.total_seconds()),
-            failure_ttl=int(ttl.total_seconds()),
-        )
-        job.retries_left = self.settings.max_attempts - 1
-        job.enqueue_at_front_on_retry = True
-        queue.get_redis_server_version()  # asked once a connection, outside of the transaction
-
-        def write(pipe: Pipeline) -> str | None:
-            if pipe.exists(job.key):  # all was written, and the connection broke before it was answered
-                return None
-            if token and (first := token.answered(pipe)):
-                return first
-            pipe.multi()
-            queue.enqueue_job(job, pipeline=pipe)
-            events.record(pipe, id, "queued")
-            if hook:
-                hook.write(pipe, id)
-                webhooks.tell(pipe, id, "queued")
-                if parameters.expires_in:
-                    pipe.zadd(webhooks.EXPIRING, {id: time.time() + parameters.expires_in})
-            pipe.zadd(index_key(owner), {id: 0})
-            pipe.zremrangebylex(index_key(owner), "-", f"({new_id(time.time() - LISTED_FOR.total_seconds())[:12]}")
-            if token:
-                pipe.set(token.key, json.dumps([id, token.fingerprint]), ex=IDEMPOTENCY_TTL)
-            pipe.publish(BELL, "queued")
-            return None
-
-        return atomically(self.connection, write, job.key, *([token.key] if token else []))
-
     def expire(self) -> None:
         """End what nobody wants any more and somebody is to be told of: who waits for a webhook does not look."""
         for id in cast(list[bytes], self.connection.zrangebyscore(webhooks.EXPIRING, "-inf", time.time() - 1, 0, 100)):
@@ -296,7 +296,7 @@ class Jobs:
     # -- out
 
     def fetch(self, id: str, owner: str) -> Generation:
-        """A generation as it stands: one round trip, two while it is queued.
+        """A generation as it stands, in one round trip.
 
         Raises:
             NotFound: there is none with this id, or it is somebody else's.
@@ -309,17 +309,17 @@ class Jobs:
         return self.show(id, record)
 
     def record(self, id: str, owner: str) -> Record:
-        record = next(read_records(self.connection, [id])) if is_id(id) else None
+        return self.owned(id, next(read_records(self.connection, [id])) if is_id(id) else None, owner)
+
+    def owned(self, id: str, record: Record | None, owner: str) -> Record:
         if record is None or record.owner != owner:
             raise NotFound(f"there is no generation {id[:64]!r}; results are kept for {self.settings.result_ttl}")
         return record
 
     def show(self, id: str, record: Record) -> Generation:
-        position, eta = None, None
-        if record.status == "queued":
-            position, eta = self._outlook(id, record.parameters)
-        elif record.status == "running":
-            eta = remaining(record)
+        position, eta = None, remaining(record) if record.status == "running" else None
+        if record.outlook:
+            position, eta = record.outlook.position, record.outlook.seconds(row_steps(record.parameters))
         return Generation(
             id=id,
             status=record.status,
@@ -340,21 +340,6 @@ class Jobs:
             warnings=record.meta.get("warnings", []),
         )
 
-    def _outlook(self, id: str, parameters: Parameters) -> tuple[int | None, float | None]:
-        """How many are ahead in the queue, and in how many seconds it is likely done."""
-        ahead = PRIORITIES[: PRIORITIES.index(parameters.priority)]
-        own = Queue(queue_name(parameters.model, parameters.priority), connection=self.connection)
-        with self.connection.pipeline(transaction=False) as pipe:
-            pipe.lpos(own.key, id)
-            for priority in ahead:
-                pipe.llen(Queue(queue_name(parameters.model, priority), connection=self.connection).key)
-            pipe.hvals(pace_key(parameters.model))
-            place, *before, paces = pipe.execute()
-        if place is None:  # popped a moment ago
-            return 0, seconds_for(0, paces, row_steps(parameters))
-        position = place + sum(before)
-        return position, seconds_for(position, paces, row_steps(parameters))
-
     def list(
         self,
         owner: str,
@@ -368,7 +353,7 @@ class Jobs:
         if cursor is not None and not is_id(cursor):
             raise InvalidRequest([("cursor", "not one of ours")])
         found: list[Generation] = []
-        for id, record in self._newest(owner, cursor):
+        for id, record in self._newest(owner, cursor, 100 if status or model else limit + 1):
             if model is not None and record.parameters.model != model:
                 continue
             shown = self.fetch(id, owner) if overdue(record) else None
@@ -379,10 +364,10 @@ class Jobs:
             found.append(shown or self.show(id, record))
         return GenerationList(data=found, next_cursor=None)
 
-    def _newest(self, owner: str, before: str | None) -> Iterator[tuple[str, Record]]:
-        """What there is of this owner; forgets on the way what has gone."""
+    def _newest(self, owner: str, before: str | None, at_once: int) -> Iterator[tuple[str, Record]]:
+        """What there is of this owner, so many in two round trips; forgets on the way what has gone."""
         key, bound = index_key(owner), f"({before}" if before else "+"
-        while ids := self.connection.zrevrangebylex(key, bound, "-", start=0, num=100):
+        while ids := self.connection.zrevrangebylex(key, bound, "-", start=0, num=at_once):
             ids = [events.text(id) for id in ids]
             for id, record in zip(ids, read_records(self.connection, ids), strict=True):
                 if record is None:
@@ -478,8 +463,79 @@ class Token(NamedTuple):
             return None
         id, fingerprint = json.loads(known)
         if fingerprint != self.fingerprint:
-            raise IdempotencyConflict("this Idempotency-Key came with another request before")
+            raise IdempotencyConflict(REUSED)
         return id if connection.exists(Job.key_for(id)) else None
+
+
+class Submission(NamedTuple):
+    """A generation that is about to be queued."""
+
+    id: str
+    parameters: Parameters
+    owner: str
+    hook: webhooks.Hook | None
+    token: Token | None
+
+    def with_pictures(self, pictures: dict[str, bytes]) -> "Submission":
+        """Named by their hash."""
+        named = {field: f"sha256:{hashlib.sha256(png).hexdigest()}" for field, png in pictures.items()}
+        return self._replace(parameters=self.parameters.model_copy(update=named))
+
+    def call(self, settings: Settings, only_ask: bool = False) -> tuple[list[str], list[Any]]:
+        """The keys and arguments of `SUBMIT`."""
+        parameters, ttl = self.parameters, int(settings.result_ttl.total_seconds())
+        job = Job.create(
+            "generations.draw",
+            kwargs={"parameters": parameters.model_dump(exclude_defaults=True), "owner": self.owner},
+            id=self.id,
+            connection=NOBODY,
+            serializer=JSONSerializer,
+            description=parameters.model,
+            origin=queue_name(parameters.model, parameters.priority),
+            status=JobStatus.QUEUED,
+            timeout=int(settings.job_timeout.total_seconds()),
+            result_ttl=ttl,
+            failure_ttl=ttl,
+        )
+        job.created_at = job.enqueued_at = datetime.fromtimestamp(age_of(self.id), UTC)
+        job.retries_left = settings.max_attempts - 1
+        job.enqueue_at_front_on_retry = True
+        fields = [part for field in job.to_dict().items() if field[1] != "" for part in field]
+        token = self.token
+        return [job.key, token.key if token else ""], [
+            self.id,
+            parameters.model,
+            parameters.priority,
+            settings.max_queued,
+            settings.max_queued_seconds.total_seconds(),
+            index_key(self.owner),
+            new_id(time.time() - LISTED_FOR.total_seconds())[:12],
+            json.dumps([self.id, token.fingerprint]) if token else "",
+            token.fingerprint if token else "",
+            int(IDEMPOTENCY_TTL.total_seconds()),
+            json.dumps(self.hook._asdict()) if self.hook else "",
+            parameters.expires_in or "",
+            webhooks.MOST_PENDING,
+            int(only_ask),
+            *fields,
+        ]
+
+    def shown(self, answer: Sequence[Any]) -> Generation:
+        """As it was queued."""
+        _, ahead, speed, rows = answer
+        outlook = Outlook(ahead, float(speed), float(rows))
+        return Generation(
+            id=self.id,
+            status="queued",
+            model=self.parameters.model,
+            created_at=datetime.fromtimestamp(age_of(self.id), UTC),
+            position=ahead,
+            eta=outlook.seconds(row_steps(self.parameters)),
+            resumed_at_step=None,
+            parameters=self.parameters,
+            attempts=0,
+            timings={},
+        )
 
 
 def index_key(owner: str) -> str:
@@ -487,8 +543,8 @@ def index_key(owner: str) -> str:
     return f"darkroom:generations:{owner}"
 
 
-def complete(request: GenerationRequest, card: ModelCard, pictures: dict[str, bytes]) -> Parameters:
-    """The request with the card's defaults; pictures are named by their hash."""
+def complete(request: GenerationRequest, card: ModelCard) -> Parameters:
+    """The request with the card's defaults."""
     defaults, video, kind = card.defaults, card.video, card.kind(request)
     strength = {"image-to-image": defaults.strength, "inpaint": 1.0}.get(kind)
 
@@ -510,64 +566,58 @@ def complete(request: GenerationRequest, card: ModelCard, pictures: dict[str, by
         num_frames=chosen(request.num_frames, video and video.num_frames),
         fps=chosen(request.fps, video and video.fps),
         output_format=request.output_format or ("mp4" if video else "png"),
-        **{field: f"sha256:{hashlib.sha256(png).hexdigest()}" for field, png in pictures.items()},
     )
 
 
 def read_records(connection: "Redis", ids: Sequence[str]) -> Iterator[Record | None]:
     """The record of each, or None where there is none any more."""
-    with connection.pipeline(transaction=False) as pipe:
-        for id in ids:
-            pipe.hmget(Job.key_for(id), FIELDS)
-            events.latest(pipe, id)
-        answers = pipe.execute()
-    for fields, last in zip(answers[::2], answers[1::2], strict=True):
-        yield parse_record(fields, events.parse(last))
+    return map(peeked, PEEK(connection, [], ids))
 
 
-def parse_record(fields: Replies, last: list[events.Event]) -> Record | None:
+def peeked(answer: Sequence[Any]) -> Record | None:
+    """What `PEEK` says of one."""
+    *fields, last, ahead, pace = answer
+    record = parse_record(fields, events.flat(*last) if last else None)
+    if record is None or pace is None:
+        return record
+    return record._replace(outlook=Outlook(ahead, float(pace[0]), float(pace[1])))
+
+
+def parse_record(fields: Replies, last: events.Event | None = None) -> Record | None:
     """None if the job has gone (RQ may still write a field or two of it), or is of another kind."""
     status, data, meta, created_at, started_at, ended_at, attempts = fields
-    if status is None or data is None or created_at is None:
+    if status is None or data is None or created_at is None or (asked := asked_in(data)) is None:
         return None
-    _, _, _, kwargs = json.loads(zlib.decompress(data))
-    if "parameters" not in kwargs:
-        return None
-    kept = json.loads(meta or "{}")
+    kept = json.loads(meta) if meta else {}
     return Record(
         status=standing_of(status, kept),
-        parameters=Parameters.model_validate(kwargs["parameters"]),
-        owner=kwargs["owner"],
+        parameters=asked[0],
+        owner=asked[1],
         meta=kept,
-        created_at=utcparse(created_at.decode()),
-        started_at=utcparse(started_at.decode()) if started_at else None,
-        ended_at=utcparse(ended_at.decode()) if ended_at else None,
+        created_at=read_time(created_at),
+        started_at=read_time(started_at) if started_at else None,
+        ended_at=read_time(ended_at) if ended_at else None,
         attempts=int(attempts or 0),
-        last=last[0] if last else None,
+        last=last,
     )
+
+
+def read_time(written: bytes) -> datetime:
+    """As `rq.utils.utcparse`, which takes forty times as long, 10 µs."""
+    return datetime.fromisoformat(written.decode())
+
+
+@lru_cache(4096)  # a generation is asked for many times, and what it is to be never changes
+def asked_in(data: bytes) -> tuple[Parameters, str] | None:
+    """The parameters and the owner of a job; None if it is no generation."""
+    _, _, _, kwargs = json.loads(zlib.decompress(data))
+    return (Parameters.model_validate(kwargs["parameters"]), kwargs["owner"]) if "parameters" in kwargs else None
 
 
 def standing_of(status: bytes, meta: dict[str, Any]) -> Status:
     """How a generation stands: RQ's status, or, of what has ended, the word that RQ does not have."""
     standing = STATUS[JobStatus(status.decode())]
     return meta.get("outcome", standing) if standing in ("failed", "canceled") else standing
-
-
-def as_queued(id: str, parameters: Parameters) -> Generation:
-    """As much of a generation that was queued just now as is known without Redis."""
-    created = datetime.fromtimestamp(age_of(id), UTC)
-    return Generation(
-        id=id,
-        status="queued",
-        model=parameters.model,
-        created_at=created,
-        position=None,
-        eta=None,
-        resumed_at_step=None,
-        parameters=parameters,
-        attempts=0,
-        timings={},
-    )
 
 
 def overdue(record: Record) -> bool:

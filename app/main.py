@@ -17,13 +17,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app import errors, events, examples, metrics
 from app.auth import KeyCheck
-from app.connection import connect
+from app.connection import connect, connect_async
 from app.evaluations import Evaluations
 from app.fronts import a1111, a1111_catalog, fal, openai, replicate
 from app.jobs import Jobs
 from app.limits import BodyLimit
 from app.logs import RequestId
 from app.page import routes as page
+from app.polls import Polls
 from app.routes import evaluations, generations, health, models, status, webhooks
 from app.schemas import Problem
 from app.settings import Settings
@@ -38,8 +39,9 @@ DESCRIPTION = """Pictures from guided diffusion models: queued durably, drawn to
 Errors are RFC 9457 problem documents; `errors` names each wrong field."""
 
 
-ROUTES = (
+ROUTES = (  # tried one after another: first what is asked most
     generations,
+    health,
     models,
     status,
     evaluations,
@@ -49,7 +51,6 @@ ROUTES = (
     a1111_catalog,
     replicate,
     fal,
-    health,
     page,
 )
 DECODERS = 20  # threads for submissions with pictures; AnyIO's 40 are for everything else
@@ -103,7 +104,9 @@ def create_app(settings: Settings, redis_url: str) -> FastAPI:
             max_connections=settings.max_listeners,  # one each; redis-py's own limit is 100
         )
         app.state.listeners = events.Listeners(listening, settings.max_listeners)
+        app.state.polls = Polls(polling := connect_async(redis_url, settings.redis_timeout), app.state.jobs)
         yield
+        await polling.aclose()
         await listening.aclose()
         connection.close()
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 PR_SET_PDEATHSIG = 1
 STOPPING_TAKES = 30.0  # seconds; a worker finishes what it has in flight
@@ -31,7 +32,10 @@ def die_with_parent(parent: int, with_signal: signal.Signals = signal.SIGKILL) -
 
 
 def spawn(
-    command: Sequence[str], environment: dict[str, str], with_signal: signal.Signals = signal.SIGKILL
+    command: Sequence[str],
+    environment: dict[str, str],
+    with_signal: signal.Signals = signal.SIGKILL,
+    output: IO[bytes] | None = None,  # none: where ours goes
 ) -> subprocess.Popen[bytes]:
     """A child in a session of its own, so that Ctrl-C reaches only us, and we stop the parts in order.
 
@@ -43,6 +47,8 @@ def spawn(
         env=environment,
         start_new_session=True,
         stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
         preexec_fn=lambda: die_with_parent(parent, with_signal),
     )
 

@@ -116,7 +116,7 @@ class Postman:
                 self.outbox.gone(id)  # for a week nobody delivered it
                 continue
             try:
-                hook, record = Hook(**json.loads(webhook)), parse_record(fields, [])
+                hook, record = Hook(**json.loads(webhook)), parse_record(fields)
                 assert record is not None  # it is a copy of a whole job
             except Exception as error:  # a newer version's, say: it must not keep the others from being sent
                 log.error("unreadable", delivery=id, exc_info=error)

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
@@ -18,9 +18,10 @@ Task = Literal[
     "text-to-video",
     "image-to-video",
 ]
-Guide = Literal["classifier_free", "rescale", "dynamic_threshold", "interval", "clip", "classifier"]
+Guide = Literal["classifier_free", "rescale", "dynamic_threshold", "interval", "every", "clip", "classifier"]
 OutputFormat = Literal["png", "jpeg", "webp", "avif", "mp4"]
 Priority = Literal["high", "normal", "low"]
+PRIORITIES: tuple[Priority, ...] = get_args(Priority)
 
 TAKES: dict[Task, tuple[tuple[str, ...], tuple[str, ...]]] = {  # what each needs, and what it may have besides
     "text-to-image": (("prompt",), ()),
@@ -70,6 +71,18 @@ class Guidance(BaseModel, frozen=True):
         max_length=2,
         description="The part of the steps that is guided, such as [0.2, 0.8]; the others cost half as much.",
     )
+    every: int | None = Field(
+        default=None,
+        ge=1,
+        le=10,
+        description="Guidance is computed at every so many of the guided steps; those between add what it added last, "
+        "and cost half as much.",
+    )
+
+    @field_validator("every", mode="before")
+    @classmethod
+    def _whole(cls, value: object) -> object:
+        return int(value) if isinstance(value, float) and value.is_integer() else value
 
     @field_validator("interval")
     @classmethod
@@ -82,7 +95,9 @@ class Guidance(BaseModel, frozen=True):
     def asked(self) -> list[Guide]:
         """What is to be used, by name."""
         return [
-            name for name in ("rescale", "dynamic_threshold", "interval", "clip", "classifier") if getattr(self, name)
+            name
+            for name in ("rescale", "dynamic_threshold", "interval", "every", "clip", "classifier")
+            if getattr(self, name)
         ]
 
 

@@ -8,25 +8,31 @@ from typing import Any, cast
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+KEEP_ALIVE = 75  # seconds that an idle connection stays: proxies keep theirs for 60, and should be the ones to close
 LOOKS = 4  # in each `client_timeout`
 SEND_BUFFER = 128 * 1024  # bytes; Linux doubles it
 
 
-def serve(app: FastAPI, host: str, port: int) -> None:
+def serve(app: FastAPI, host: str, port: int, shares_port: bool = False) -> None:
     """Until SIGTERM or SIGINT."""
-    Server(
-        uvicorn.Config(
-            app,
-            host=host,
-            port=port,
-            http=Connection,
-            log_config=None,
-            access_log=False,
-            timeout_graceful_shutdown=10,  # what is left then is cut: submissions that a store keeps waiting
-        )
-    ).run()
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        http=Connection,
+        loop="asyncio",  # with uvloop, redis-py takes a connection that broke for a bug
+        log_config=None,
+        access_log=False,
+        timeout_keep_alive=KEEP_ALIVE,
+        timeout_graceful_shutdown=10,  # what is left then is cut: submissions that a store keeps waiting
+    )
+    if not shares_port:
+        return Server(config).run()
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with socket.create_server(address[:2], family=family, backlog=config.backlog, reuse_port=True) as listening:
+        return Server(config).run([listening])
 
 
 class Server(uvicorn.Server):
@@ -55,7 +61,7 @@ class Server(uvicorn.Server):
         return Connection(self.config, self.server_state, self.lifespan.state)
 
 
-class Connection(H11Protocol):
+class Connection(HttpToolsProtocol):
     """Cuts a client that leaves its request unfinished or its answer unread: uvicorn waits as long as it takes.
 
     Only the transport can: to close it is to wait until all has been read. (Of a body, `BodyLimit` takes care.)
@@ -83,7 +89,8 @@ class Connection(H11Protocol):
         if self.transport.is_closing() and not left:
             return
         between_requests = getattr(self.cycle, "response_complete", True)  # there is no cycle before the first
-        waited_for = left >= before if left else between_requests
+        kept_alive = self.timeout_keep_alive_task is not None  # nothing of its next request has come, nor need it
+        waited_for = left >= before if left else between_requests and not kept_alive
         self.left, self.idle = left, self.idle + 1 if waited_for else 0
         if self.idle > LOOKS:
             self.transport.abort()

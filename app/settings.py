@@ -57,12 +57,15 @@ class Settings(BaseSettings):
     )
     pinned_models: Names = ()  # never leave memory, whatever else is asked for
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")  # auto: cuda where there is one, else cpu
+    dtype: str = Field("auto", pattern="^(auto|float32|bfloat16|float16)$")  # auto: the card's; one for mixed machines
     memory_mib: int = Field(0, ge=0)  # budget for resident models; 0: 80 % of the device, the rest is for activations
+    graphs: bool = True  # on a GPU, replay each pass as a CUDA graph; off: less memory, as diffusers would run it
     torch_threads: int = Field(0, ge=0)  # 0: torch's own choice; set it when several workers share the cores
 
     # HTTP
     host: str = "127.0.0.1"  # nobody but this machine, until API keys or a proxy are in place
     port: int = Field(8000, ge=0, le=65535)  # where tools for development expect one; 0: any free port
+    api_processes: int = Field(1, ge=1)  # that share the port; the kernel spreads connections over them
     api_keys: Keys = ()  # name=sha256-of-key,…; none: open, for a single user
     max_body_mib: float = Field(25, gt=0)  # two 4-megapixel PNGs as base64 fit
     max_image_pixels: int = Field(16_777_216, gt=0)  # 4096 × 4096: decoding more would take the API's memory

@@ -91,9 +91,6 @@ class Hook(NamedTuple):
     def of(cls, webhook: Webhook, shape: Shape = "darkroom", base: str = "") -> "Hook":
         return cls(webhook.url, list(webhook.events), shape, base)
 
-    def write(self, pipe: Pipeline, generation: str) -> None:
-        pipe.hset(Job.key_for(generation), "webhook", json.dumps(self._asdict()))
-
 
 def tell(pipe: Pipeline, generation: str, event: Status) -> None:
     """Have it delivered, if its job asks for that; the caller has changed the status in the same transaction."""

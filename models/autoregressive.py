@@ -6,6 +6,7 @@ in the program as everything else: its rows come and go between any two codes, a
 """
 
 from collections.abc import Generator, Mapping
+from functools import partial
 from math import isqrt
 from typing import Any
 
@@ -35,9 +36,10 @@ class Autoregressive(Guided):
             buckets=self.buckets,
             width=max(self.buckets),
             reproducible_rows=card.reproducible_rows,
+            recordable=True,
             journaled=True,
         )
-        self.decoder = Net("decode", self.decode, buckets=(1, 2, 4, 8), width=8)
+        self.decoder = Net("decode", self.decode, buckets=(1, 2, 4, 8), width=8, recordable=True)
         self.colours = self.fit_colours()
 
     # -- the nets
@@ -109,11 +111,11 @@ class Autoregressive(Guided):
             args = told | {"code": code, "place": place, "cache": cache, "noise": noise}
             code, fresh = yield Call(self.denoiser, args, rows, (i, r.num_inference_steps), estimate)
             cache[:, :, :, :, i], codes[:, i] = fresh[:, :, :, :, 0], code[::each]
-            estimate = self.latents(codes[:1])
+            estimate = partial(self.latents, codes[:1].clone())
         pictures = yield Call(self.decoder, {"codes": codes}, r.best_of)
         if r.best_of > 1:
             pictures = pictures[(yield from self.likeness(r, pictures)).argmax()][None]
-        return pictures[0].cpu()
+        return pictures[0]
 
     def likeness(self, r: Parameters, pictures: Tensor) -> Generator[Call, Any, Tensor]:
         """[candidates] how well each agrees with the prompt, by CLIP: Ramesh et al. 2021, section 2.6."""

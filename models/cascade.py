@@ -34,6 +34,7 @@ class Cascade(Guided):
 
     def __init__(self, card: ModelCard, pipeline: Any, parts: Mapping[str, Any]):
         self.base, self.enlarger = parts["base"], parts["upsampler"]
+        self.enlarger.class_embedding.register_forward_pre_hook(in_its_precision)
         super().__init__(card, parts["tokenizer"], self.base, parts)
         self.length = min(self.length, card.limits.prompt_tokens)  # a language model would read on
         self.modules = modules_of(parts.values())
@@ -43,9 +44,14 @@ class Cascade(Guided):
         self.small, self.large = (net.config.sample_size * self.patch for net in (self.base, self.enlarger))
         self.sees_the_known = self.base.config.in_channels > self.base.config.out_channels
         self.denoiser = Net(
-            "denoise", self.denoise, buckets=self.buckets, reproducible_rows=card.reproducible_rows, journaled=True
+            "denoise",
+            self.denoise,
+            buckets=self.buckets,
+            reproducible_rows=card.reproducible_rows,
+            recordable=True,
+            journaled=True,
         )
-        self.decoder = Net("upsample", self.upsample, buckets=(1, 2, 4, 8), width=8, journaled=True)
+        self.decoder = Net("upsample", self.upsample, buckets=(1, 2, 4, 8), width=8, recordable=True, journaled=True)
         self.colours = LatentColours(torch.cat([torch.eye(3), torch.zeros(1, 3)]))  # pixels are their own colours
 
     # -- the nets
@@ -137,8 +143,8 @@ class Cascade(Guided):
             small = yield from self.drawn(r, rng, image, hole, Span(0, steps, total, "base"))
         x = yield from self.enlarged(small, rng, image, hole, Span(steps, total - steps, total, "upsampler"))
         if image is not None and hole is not None:
-            x = kept(image, hole) + hole * x.cpu()
-        return (x[0].cpu() / 2 + 0.5).clamp(0, 1)
+            x = kept(image, hole).to(self.device) + hole.to(self.device) * x
+        return (x[0] / 2 + 0.5).clamp(0, 1)
 
     def drawn(
         self, r: Parameters, rng: torch.Generator, image: Tensor | None, hole: Tensor | None, span: Span
@@ -184,6 +190,11 @@ class Cascade(Guided):
             return nothing
         hole = max_pool2d(hole, self.large // self.small)
         return torch.cat([kept(shrunk(image, self.small), hole), hole], 1).to(self.device)
+
+
+def in_its_precision(embedding: Any, given: tuple[Tensor]) -> tuple[Tensor]:
+    """What `UNet2DModel` makes of a timestep that is its class is float32, whatever its weights are."""
+    return (given[0].to(embedding.linear_1.weight.dtype),)
 
 
 def within(x0: Tensor, known: Tensor | None = None, threshold: Tensor | None = None) -> Tensor:

@@ -69,10 +69,20 @@ class Hub(Strict):
 
 
 class Dtype(Strict):
-    """float32 is exact and the only fast one on most CPUs; the other is for accelerators."""
+    """In which precision a model draws. `auto` is bfloat16 where the processor computes in it, else float32."""
 
-    cpu: Literal["float32", "bfloat16"] = "float32"
+    cpu: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     cuda: Literal["float32", "float16", "bfloat16"] = "float16"
+
+
+class Speed(Strict):
+    """What is done to a model's nets before they first run; all of it is off unless it measures faster."""
+
+    channels_last: Literal["none", "denoiser", "decoder", "both"] = "none"
+    fused_qkv: bool = False  # one product for queries, keys and values
+    storage: Literal["float8"] | None = None  # the denoiser's weights in half the memory; computed in the dtype above
+    quantize: Literal["float8"] | None = None  # its products in float8, by torchao
+    compile: Literal["off", "whole", "regional"] = "off"  # the denoiser; its cache lies in the data directory
 
 
 class Parts(Strict):
@@ -96,6 +106,7 @@ class Sampling(Strict):
 
 
 VIDEO: dict[Task, Task] = {"text-to-image": "text-to-video", "image-to-image": "image-to-video"}
+FEW_STEPS = {"lcm": 50, "tcd": 50}  # samplers of models distilled at so many timesteps, beyond which there are none
 ADAPTABLE = ("stable-diffusion", "diffusers")  # families whose programs put adapters on
 WEIGHABLE = ("stable-diffusion",)  # families whose programs weigh words
 GUIDED_BY: dict[str, tuple[Guiding, str]] = {  # parts of a model that look at a picture of the request's
@@ -113,12 +124,14 @@ class ModelCard(Strict):
     family: str
     source: Annotated[Folder | SingleFile | Hub | Parts, Field(discriminator="kind")]
     dtype: Dtype = Dtype()
+    speed: Speed = Speed()
     licence: str
     licence_url: str
     tasks: list[Task]
     guidance: list[Guide] = ["classifier_free"]
     classes: list[str] = []  # of a class-conditional model, which draws nothing else
     parts: dict[str, str] = {}  # what it has beside the source: a `place_of`, or `hub:repository[/path]@revision`
+    merged_lora: str | None = None  # an adapter that is in the weights for good, such as LCM-LoRA: a place likewise
     loras: dict[str, str] = {}  # adapters that requests may ask for: places as of `parts`
     prompt_weights: bool = False  # words may have weights
     sampling: Sampling | None = None  # of models that write codes, one a step: they take no other number of steps
@@ -139,8 +152,15 @@ class ModelCard(Strict):
         ordinary = GenerationRequest.model_validate({"prompt": "an ordinary one", **size, **defaults})
         if self.loras and self.family not in ADAPTABLE:
             raise ValueError(f"loras: the family {self.family} has none; {' and '.join(ADAPTABLE)} have")
+        if self.merged_lora and self.family not in ADAPTABLE:
+            raise ValueError(f"merged_lora: the family {self.family} has none; {' and '.join(ADAPTABLE)} have")
+        if "decoder" in self.parts and self.family != "stable-diffusion":
+            raise ValueError(f"parts.decoder: the family {self.family} has its own; stable-diffusion takes another")
         if self.prompt_weights and self.family not in WEIGHABLE:
             raise ValueError(f"prompt_weights: the family {self.family} has none; {' and '.join(WEIGHABLE)} has")
+        for how in ("fused_qkv", "storage", "quantize"):
+            if self.loras and getattr(self.speed, how):
+                raise ValueError(f"speed.{how}: LoRA adapters need the weights as they are")
         for part in GUIDED_BY:
             if part in self.parts and self.family != "diffusers":
                 raise ValueError(f"parts.{part}: the family {self.family} has none; diffusers has")
@@ -196,6 +216,8 @@ class ModelCard(Strict):
             yield "prompt", f"{self.name} draws {len(self.classes)} classes, such as {some}; see `GET /v1/models`"
         if request.negative_prompt and self.classes:
             yield "negative_prompt", f"{self.name} draws classes, and has none to steer away from"
+        elif request.negative_prompt and not self.guidance:
+            yield "negative_prompt", f"{self.name} has no guidance, which would steer away from it"
 
     @staticmethod
     def _what_made_it(request: GenerationRequest) -> str:
@@ -216,6 +238,9 @@ class ModelCard(Strict):
         steps = self.defaults.num_inference_steps
         if self.sampling and request.num_inference_steps not in (None, steps):
             yield "num_inference_steps", f"{self.name} always takes {steps}"
+        scheduler, steps = request.scheduler or self.defaults.scheduler, request.num_inference_steps or steps
+        if steps > FEW_STEPS.get(scheduler, steps):
+            yield "num_inference_steps", f"{steps} is more than {scheduler} has ({FEW_STEPS[scheduler]})"
         if request.scheduler is not None and request.scheduler not in self.schedulers:
             yield "scheduler", f"{self.name} has no {request.scheduler!r}; it has {', '.join(self.schedulers)}"
 

@@ -38,9 +38,9 @@ class ClassConditional(StableDiffusion):
             lambda x: guidance.classifier(self.foreseen(x, timestep), self.captions, label), sample
         )
 
-    def predicted(self, seen: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+    def predicted(self, seen: Tensor, timestep: Tensor, context: Tensor, **told: Tensor) -> Tensor:
         if "denoiser" not in self.parts:
-            return super().predicted(seen, timestep, context)
+            return super().predicted(seen, timestep, context, **told)
         return self.pipeline.unet(seen, timestep, None, class_labels=context, return_dict=False)[0]
 
     def conditioning(self, r: Parameters) -> Generator[Call, Any, Tensor]:

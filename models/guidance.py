@@ -39,6 +39,22 @@ def in_interval(interval: Sequence[float] | None, i: int, calls: int) -> bool:
     return interval is None or interval[0] <= i / calls < interval[1]
 
 
+def reused(interval: Sequence[float] | None, every: int | None, calls: int) -> frozenset[int]:
+    """The guided calls that add what guidance added at the last one that computed it: all but every so manieth.
+
+    What guidance adds changes slowly from step to step: Lyu et al. 2025 (FasterCache), section 3.3.
+    """
+    guided = [i for i in range(calls) if in_interval(interval, i, calls)]
+    return frozenset(i for k, i in enumerate(guided) if k % (every or 1))
+
+
+def strength_embedding(scale: float, width: int) -> Tensor:
+    """[1, width] what a denoiser that guides itself is told of the scale: Meng et al. 2023, Luo et al. 2023."""
+    frequencies = torch.exp(torch.arange(width // 2) * -(torch.tensor(10_000.0).log() / (width // 2 - 1)))
+    angles = (scale - 1) * 1000 * frequencies
+    return torch.nn.functional.pad(torch.cat([angles.sin(), angles.cos()]), (0, width % 2))[None]
+
+
 def thresholded(x0: Tensor, percentile: Tensor | None = None) -> Tensor:
     """Estimates of pictures, brought back into [-1, 1]: Saharia et al. 2022 (Imagen), section 2.3.
 

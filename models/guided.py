@@ -72,9 +72,12 @@ class Guided:
         def arguments(context: Tensor) -> tuple[int, dict[str, Tensor]]:
             count = len(context)
             unconditional, conditional = UNCONDITIONAL_THEN_CONDITIONAL if count == 2 else ALONE
+            scale = torch.tensor(r.guidance_scale if count == 2 else 1.0, device=self.device)
+            if count == 2 and reused:  # the second row says what it would be without
+                scale = torch.stack([scale, torch.ones_like(scale)])
             found = {
                 "context": context,
-                "guidance_scale": torch.tensor(r.guidance_scale if count == 2 else 1.0, device=self.device),
+                "guidance_scale": scale,
                 "unconditional": unconditional.to(self.device),
                 "conditional": conditional.to(self.device),
             }
@@ -83,8 +86,13 @@ class Guided:
                 found["rescale"] = torch.tensor(r.guidance.rescale, device=self.device)
             return count, found
 
+        reused = self.reused(r, calls, context)
         guided, alone = arguments(context), arguments(context[-1:])
-        return lambda i: guided if guidance.in_interval(r.guidance.interval, i, calls) else alone
+        return lambda i: guided if guidance.in_interval(r.guidance.interval, i, calls) and i not in reused else alone
+
+    def reused(self, r: Parameters, calls: int, context: Tensor) -> frozenset[int]:
+        """The calls that do with what guidance added before."""
+        return guidance.reused(r.guidance.interval, r.guidance.every, calls) if len(context) == 2 else frozenset()
 
     def steered_by(self, r: Parameters) -> Generator[Call, Any, Steering | None]:
         if not r.guidance.clip:
@@ -94,10 +102,14 @@ class Guided:
 
     def conditioning(self, r: Parameters) -> Generator[Call, Any, Tensor]:
         """What the denoiser is told: [rows, tokens, width], the unconditional row first if there is one."""
-        texts = [r.negative_prompt, r.prompt] if r.guidance_scale > 1 else [r.prompt]
+        texts = [r.negative_prompt, r.prompt] if self.guides(r) else [r.prompt]
         ids, weights = self.weighed(texts) if r.prompt_weights else (self.tokens(texts), None)
         states = yield Call(self.dressed(self.text_encoder, r), {"input_ids": ids}, len(texts))
         return states if weights is None else guidance.weighted(states, weights.to(self.device))
+
+    def guides(self, r: Parameters) -> bool:
+        """Whether a sample has a second row, to be guided away from."""
+        return r.guidance_scale > 1
 
     def dressed(self, net: Net, r: Parameters) -> Net:
         """The net with the adapters that the request asks for; a family without them has no other."""

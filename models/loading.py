@@ -14,7 +14,15 @@ import diffusers
 import safetensors.torch
 import torch
 import transformers
-from diffusers import ControlNetModel, DiffusionPipeline, PriorTransformer, UNet2DConditionModel, UNet2DModel, VQModel
+from diffusers import (
+    AutoencoderTiny,
+    ControlNetModel,
+    DiffusionPipeline,
+    PriorTransformer,
+    UNet2DConditionModel,
+    UNet2DModel,
+    VQModel,
+)
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from httpx2 import HTTPError
 from huggingface_hub import get_cached_repo_tree, snapshot_download
@@ -27,6 +35,7 @@ from models.catalog import WEIGHTS, Folder, Hub, ModelCard, Parts, SingleFile, p
 from models.ear import Ear
 from models.guided import modules_of
 from models.noised_clip import NoisedCLIP
+from models.prepare import dtype_of, prepare
 from models.token_transformer import TokenTransformer
 from models.unclip import ImageProjection
 
@@ -61,7 +70,7 @@ def load_pipeline(card: ModelCard, device: str) -> DiffusionPipeline | None:
         UnsafeWeights: the message names the pickle; nothing was loaded.
         ModelUnavailable: the message names the card and the source.
     """
-    dtype = getattr(torch, card.dtype.cpu if torch.device(device).type == "cpu" else card.dtype.cuda)
+    dtype = dtype_of(card, device)
     with reading(card, repr(card.source)):
         match card.source:
             case Folder(place=folder):
@@ -72,10 +81,17 @@ def load_pipeline(card: ModelCard, device: str) -> DiffusionPipeline | None:
                 pipeline = from_folder(download(hub), dtype, hub.variant)
             case Parts():
                 return None
+    if card.merged_lora:
+        with reading(card, f"its LoRA from {card.merged_lora}"):
+            pipeline.load_lora_weights(adapter_file(card.merged_lora), adapter_name="merged")
+            pipeline.fuse_lora()
+            pipeline.unload_lora_weights()
     for name, place in card.loras.items():
         with reading(card, f"its LoRA {name} from {place}"):
             pipeline.load_lora_weights(adapter_file(place), adapter_name=name)
-    return ready(pipeline, device)
+    pipeline = ready(pipeline, device)
+    prepare(card, pipeline.components.values(), dtype)
+    return pipeline
 
 
 def adapter_file(place: str) -> Path:
@@ -124,6 +140,7 @@ def ready(pipeline: Any, device: str) -> Any:
 
 
 PARTS: dict[str, Any] = {
+    "AutoencoderTiny": AutoencoderTiny,
     "BertModel": transformers.BertModel,
     "ControlNetModel": ControlNetModel,
     "CLIPModel": transformers.CLIPModel,
@@ -148,7 +165,7 @@ def load_parts(card: ModelCard, device: str) -> dict[str, Any]:
     Raises:
         UnsafeWeights, ModelUnavailable: as of `load_pipeline`.
     """
-    dtype = getattr(torch, card.dtype.cpu if torch.device(device).type == "cpu" else card.dtype.cuda)
+    dtype = dtype_of(card, device)
     parts: dict[str, Any] = {}
     for name, path in card.parts.items():
         with reading(card, f"its {name} from {path}"):
@@ -156,6 +173,7 @@ def load_parts(card: ModelCard, device: str) -> dict[str, Any]:
             parts[name] = (
                 read_ip_adapter(adapter_file(path)) if is_file else load_part(name, folder_of(path), dtype, device)
             )
+    prepare(card, parts.values(), dtype)
     return parts
 
 

@@ -30,6 +30,7 @@ class Net:
     buckets: tuple[int, ...] = ()  # row counts it may be run at, the rest is padding; none: any
     width: int = 16  # rows in one pass at most, unless one call alone has more
     reproducible_rows: int | None = None  # the exact lane's row count; none: the call runs alone, at its own
+    recordable: bool = False  # it only launches work of its device, the same for the same shapes: see workers/graphs.py
     journaled: bool = False  # what it returns is worth keeping: not done again when another worker takes over
 
 
@@ -45,7 +46,7 @@ class Call:
     args: dict[str, Any]
     rows: int
     at: tuple[int, int] | None = None  # i of n denoising steps are done, over all stages: progress
-    estimate: Tensor | None = None  # what the picture looks like so far, [1, C, h, w] latents: previews
+    estimate: Callable[[], Tensor | None] | None = None  # what it looks like so far, [1, C, h, w] latents: previews
     stage: str = ""  # the stage that the step belongs to, of a model that has several
 
 
@@ -61,7 +62,7 @@ class Inputs:
 
 
 Program = Generator[Call, Any, Tensor]
-"""Returns the picture: float32 [3, height, width] in [0, 1] on the CPU; [frames, 3, height, width] of a video."""
+"""Returns the picture, wherever it is: float32 [3, height, width] in [0, 1]; [frames, 3, height, width] of a video."""
 
 
 def generator(seed: int) -> torch.Generator:

@@ -30,10 +30,14 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpmpp_2m": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}),
     "dpmpp_2m_sde": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "solver_order": 2}),
     "euler": ("EulerDiscreteScheduler", {}),
+    "euler_trailing": ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),  # of few steps: begin at the last
     "euler_a": ("EulerAncestralDiscreteScheduler", {}),
     "flow_match": ("FlowMatchEulerDiscreteScheduler", {}),
     # Heun averages two slopes, which from the infinite sigma of a zero-SNR schedule is nonsense: begin a step later.
     "heun": ("HeunDiscreteScheduler", {"clip_sample": False, "timestep_spacing": "leading"}),
+    # Few steps, of models distilled for them: Luo et al. 2023, Zheng et al. 2024.
+    "lcm": ("LCMScheduler", {"clip_sample": False, "thresholding": False}),
+    "tcd": ("TCDScheduler", {"clip_sample": False, "thresholding": False}),
     "pndm": ("PNDMScheduler", {"skip_prk_steps": True}),
     "unipc": ("UniPCMultistepScheduler", {}),
 }
@@ -52,7 +56,9 @@ class Sampler(Protocol):
     pushes: Tensor  # [N], what a gradient of log p is worth in the model's output, see `push_coefficient`
     init_noise_sigma: float
 
-    def noise(self, i: int, like: Tensor, rng: torch.Generator) -> Tensor: ...  # drawn just when the scheduler would
+    def noise(
+        self, i: int, like: Tensor, rng: torch.Generator
+    ) -> Tensor | None: ...  # drawn just when the scheduler would
     def settle(
         self, i: int, x: Tensor, e: Tensor, updated: Tensor, rng: torch.Generator
     ) -> Tensor: ...  # the next sample
@@ -141,10 +147,11 @@ class Table:
                 updated[kind * count + i - back] = 0
         return taken
 
-    def noise(self, i: int, like: Tensor, rng: torch.Generator) -> Tensor:
+    def noise(self, i: int, like: Tensor, rng: torch.Generator) -> Tensor | None:
         if not self._draws[i]:
-            return torch.zeros_like(like)
-        return randn_tensor(like.shape, generator=rng, device=like.device, dtype=like.dtype)
+            return None
+        drawn = randn_tensor(like.shape, generator=rng, device=rng.device, dtype=like.dtype)
+        return drawn.to(like.device, non_blocking=True)  # it must not wait for the pass under way
 
     def settle(self, i: int, x: Tensor, e: Tensor, updated: Tensor, rng: torch.Generator) -> Tensor:
         return updated
@@ -170,8 +177,8 @@ class Stepping:
         self.estimates = estimates(stock, self.timesteps, self.scales)
         self.pushes = torch.tensor([push_coefficient(stock, t) for t in self.timesteps])
 
-    def noise(self, i: int, like: Tensor, rng: torch.Generator) -> Tensor:
-        return torch.zeros_like(like)
+    def noise(self, i: int, like: Tensor, rng: torch.Generator) -> Tensor | None:
+        return None
 
     def settle(self, i: int, x: Tensor, e: Tensor, updated: Tensor, rng: torch.Generator) -> Tensor:
         own = {"generator": rng} if "generator" in inspect.signature(self.stock.step).parameters else {}

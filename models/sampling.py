@@ -1,7 +1,8 @@
 """The denoising loop that all diffusion programs share, and the step that they take inside their nets."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,25 +57,28 @@ def denoised(
     span: Span,
     steering: Steering | None = None,
     settled: Callable[[int, Tensor], Tensor] = lambda i, x: x,
+    reused: Collection[int] = (),
 ) -> Generator[Call, Any, Tensor]:
     """The end of the sampler's way from x, [1, C, h, w].
 
     Args:
         net: returns the next sample and the guided output, which are the same for all rows.
         settled: has the last word on each sample, before the next call.
+        reused: calls without guidance to which is added what it added last; of two rows, the second is then unguided.
     """
-    timesteps, scales = sampler.timesteps.float().to(x.device), sampler.scales.to(x.device)
-    coefficients, pushes = sampler.coefficients.to(x.device), sampler.pushes.to(x.device)
+    tables = sampler.timesteps.float(), sampler.scales, sampler.coefficients, sampler.pushes
+    timesteps, scales, coefficients, pushes = (table.to(x.device, non_blocking=True) for table in tables)
     calls = len(timesteps)
-    e1 = x1 = e2 = x2 = torch.zeros_like(x)
+    e1 = x1 = e2 = x2 = nothing = added = torch.zeros_like(x)
+    remembers, no_memory = bool(sampler.coefficients[:, 3:].any()), torch.zeros(1, 4, *x.shape[1:], device=x.device)
     estimate = None
     for i in range(calls):
         at, (rows, conditions) = span.at(i, calls), told(i)
         fresh = sampler.noise(i, x, rng)
         args = conditions | {
             "sample": x.expand(rows, -1, -1, -1),
-            "noise": fresh.expand(rows, -1, -1, -1),
-            "memory": torch.stack([e1, x1, e2, x2], 1).expand(rows, -1, -1, -1, -1),
+            "noise": (nothing if fresh is None else fresh).expand(rows, -1, -1, -1),
+            "memory": (torch.stack([e1, x1, e2, x2], 1) if remembers else no_memory).expand(rows, -1, -1, -1, -1),
             "timestep": timesteps[i],
             "scale": scales[i],
             "coefficients": coefficients[i].expand(rows, -1),
@@ -83,9 +87,13 @@ def denoised(
             seen = {"sample": x * scales[i], "timestep": timesteps[i]}
             uphill = yield Call(steering.net, seen | steering.told, 1, at, estimate, span.stage)
             args["push"] = (steering.strength * pushes[i] * uphill).expand(rows, -1, -1, -1)
+        if i in reused:
+            args["push"] = added + args.get("push", 0)
         updated, e = yield Call(net, args, rows, at, estimate, span.stage)
+        if reused and rows == 2:
+            added = e[:1] - e[1:]
         updated, e = updated[:1], e[:1]
-        estimate = sampler.estimate(i, x, e)
+        estimate = partial(sampler.estimate, i, x, e)
         e2, x2, e1, x1 = e1, x1, e, x
         x = settled(i, sampler.settle(i, x, e, updated, rng))
     return x

@@ -37,16 +37,18 @@ class StableDiffusion(Guided):
         self.scheduler_config = samplers.frozen_config(pipeline.scheduler)
         self.scaling = pipeline.vae.config.scaling_factor
         self.channels = pipeline.vae.config.latent_channels
+        self.strength_width = pipeline.unet.config.get("time_cond_proj_dim")  # of a denoiser that guides itself
         self.inpaints_by_blending = pipeline.unet.config.in_channels == self.channels
         self.denoiser = Net(
             "denoise",
             self.wardrobe.wearing(PLAIN, self.denoise),
             buckets=self.buckets,
             reproducible_rows=card.reproducible_rows,
+            recordable=True,
             journaled=True,
         )
         self.image_encoder = Net("encode_image", self.encode_image, width=1)
-        self.decoder = Net("decode", self.decode, buckets=(1, 2, 4, 8), width=8)
+        self.decoder = Net("decode", self.decode, buckets=(1, 2, 4, 8), width=8, recordable=True)
         self.colours = LatentColours.fit(lambda pixels: self.encode_image(pixels=pixels)[0] * self.scaling, self.device)
 
     # -- the nets: rows in, rows out
@@ -67,6 +69,7 @@ class StableDiffusion(Guided):
         extra: Tensor | None = None,
         rescale: Tensor | None = None,
         push: Tensor | None = None,
+        strength: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """One guided sampler step for each row.
 
@@ -75,21 +78,23 @@ class StableDiffusion(Guided):
             timestep, scale, guidance_scale, unconditional, conditional: [rows]; context: [rows, tokens, width].
             coefficients: [rows, 7] of the update; extra: [rows, 1 + C, h, w] mask and masked latents for 9 channels.
             rescale: [rows] see `guidance.rescale`; push: [rows, C, h, w] what CLIP or a classifier adds to the output.
+            strength: [rows, width] of guidance, for a denoiser that guides itself.
         Returns:
             the next sample and the guided output, both [rows, C, h, w] float32.
         """
         seen = sample * guidance.over(scale, sample)
         if extra is not None:
             seen = torch.cat([seen, extra], 1)
-        e = self.predicted(seen.to(self.dtype), timestep, context).float()
+        told = {} if strength is None else {"timestep_cond": strength.to(self.dtype)}
+        e = self.predicted(seen.to(self.dtype), timestep, context, **told).float()
         guided = guidance.classifier_free(e, guidance_scale, unconditional, conditional)
         e = guided if rescale is None else guidance.rescale(guided, e, conditional, rescale)
         e = e if push is None else e + push
         return moved(sample, e, noise, memory, coefficients), e
 
-    def predicted(self, seen: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
+    def predicted(self, seen: Tensor, timestep: Tensor, context: Tensor, **told: Tensor) -> Tensor:
         """The denoiser's own word, [rows, C, h, w]."""
-        return self.pipeline.unet(seen, timestep, encoder_hidden_states=context, return_dict=False)[0]
+        return self.pipeline.unet(seen, timestep, encoder_hidden_states=context, return_dict=False, **told)[0]
 
     def encode_text(self, *, input_ids: Tensor) -> Tensor:
         """[rows, tokens] to [rows, tokens, width]"""
@@ -102,7 +107,8 @@ class StableDiffusion(Guided):
 
     def decode(self, *, latents: Tensor) -> Tensor:
         """[rows, C, h, w] to [rows, 3, H, W] in [0, 1], float32."""
-        pixels = self.pipeline.vae.decode((latents / self.scaling).to(self.dtype), return_dict=False)[0]
+        vae = self.parts.get("decoder", self.pipeline.vae)
+        pixels = vae.decode((latents / vae.config.scaling_factor).to(self.dtype), return_dict=False)[0]
         return (pixels.float() / 2 + 0.5).clamp(0, 1)
 
     # -- the program
@@ -145,15 +151,22 @@ class StableDiffusion(Guided):
             around = sampler.add_noise(i + 1, x0, noise) if i + 1 < calls else x0
             return (1 - repaint) * around + repaint * x
 
-        told = self.told(r, calls, context, **({} if extra is None else {"extra": extra}))
+        rows = {} if extra is None else {"extra": extra}
+        if self.strength_width:
+            rows["strength"] = guidance.strength_embedding(r.guidance_scale, self.strength_width).to(self.device)
+        told, reused = self.told(r, calls, context, **rows), self.reused(r, calls, context)
         span = Span(before, steps, before + steps)
-        x = yield from denoised(self.dressed(self.denoiser, r), sampler, x, rng, told, span, steering, settled)
+        net = self.dressed(self.denoiser, r)
+        x = yield from denoised(net, sampler, x, rng, told, span, steering, settled, reused)
         picture = yield Call(self.decoder, {"latents": x}, 1, (before + steps, before + steps))
-        return picture[0].cpu()
+        return picture[0]
 
     def conditioned(self, r: Parameters, inputs: Inputs, seed: int) -> Generator[Call, Any, Tensor]:
         """What the denoiser is told, as of `conditioning`; a family may have more to go by than prompts."""
         return (yield from self.conditioning(r))
+
+    def guides(self, r: Parameters) -> bool:
+        return super().guides(r) and not self.strength_width
 
     def dressed(self, net: Net, r: Parameters) -> Net:
         return self.wardrobe.asked(r, net)

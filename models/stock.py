@@ -93,7 +93,7 @@ class StockPipelines:
         scheduler = samplers.scheduler(r.scheduler, self.scheduler_config)
         nets = {name: self.wardrobe.asked(r, net) for name, net in self.nets.items()}
         output = yield from stock(pipeline, nets, scheduler, **taken(pipeline, offered))
-        return output.images[0].float().cpu()
+        return output.images[0].float()
 
     def warnings(self, r: Parameters) -> list[str]:
         """What of the prompts the text encoders will not see: judged by the tokenizer that takes most."""
@@ -119,12 +119,22 @@ def nets(pipeline: Any, card: ModelCard) -> dict[str, Net]:
     """The nets of a pipeline by the name of its component; the autoencoder's two directions are two nets."""
     buckets = tuple(bucket for bucket in BUCKETS if bucket <= card.max_rows)
     found = {
-        name: Net(name, module, NOT_PER_ROW, buckets, reproducible_rows=card.reproducible_rows, journaled=True)
+        name: Net(
+            name,
+            module,
+            NOT_PER_ROW,
+            buckets,
+            reproducible_rows=card.reproducible_rows,
+            recordable=True,
+            journaled=True,
+        )
         for name in DENOISERS
         if (module := pipeline.components.get(name)) is not None
     }
     if (controlnet := pipeline.components.get("controlnet")) is not None:  # too much for a journal: it looks again
-        found["controlnet"] = Net("controlnet", controlnet, buckets=buckets, reproducible_rows=card.reproducible_rows)
+        found["controlnet"] = Net(
+            "controlnet", controlnet, buckets=buckets, reproducible_rows=card.reproducible_rows, recordable=True
+        )
     for name in ENCODERS:
         if (module := pipeline.components.get(name)) is not None:
             found[name] = Net(name, module, width=32)
@@ -150,7 +160,7 @@ def two_ways(name: str, autoencoder: Any) -> dict[str, Net]:
         return encoded.latent_dist.parameters if name == "vae" else encoded.latents
 
     return {
-        f"{name}.decode": Net(f"{name}.decode", decode, buckets=(1, 2, 4, 8), width=8),
+        f"{name}.decode": Net(f"{name}.decode", decode, buckets=(1, 2, 4, 8), width=8, recordable=True),
         f"{name}.encode": Net(f"{name}.encode", encode, width=1),
     }
 
@@ -277,7 +287,7 @@ class Watched:
 
     def __init__(self, scheduler: Any, pipeline: Any, arguments: Mapping[str, Any]):
         self.scheduler, self.pipeline, self.arguments = scheduler, pipeline, arguments
-        self.estimate: Tensor | None = None
+        self.estimate: Callable[[], Tensor | None] | None = None
         self.calls_done = 0
 
     if not TYPE_CHECKING:
@@ -300,16 +310,23 @@ class Watched:
         @functools.wraps(self.scheduler.step)
         def step(model_output: Tensor, timestep: Any, sample: Tensor, *positional: Any, **named: Any) -> Any:
             if model_output.shape == sample.shape:  # a learned variance has more channels
-                self.estimate = self._estimate(model_output, timestep, sample)
+                told = model_output, timestep, sample, self._scale(timestep)
+                self.estimate = functools.partial(estimated, self.scheduler, self.pipeline, self.arguments, *told)
             self.calls_done += 1
             return self.scheduler.step(model_output, timestep, sample, *positional, **named)
 
         return step
 
-    def _estimate(self, e: Tensor, t: Any, x: Tensor) -> Tensor | None:
-        scale = float(self.scheduler.scale_model_input(torch.ones(1), t)) if hasattr(self, "scale_model_input") else 1.0
-        of_x, of_e = samplers.estimate_coefficients(self.scheduler, t)
-        return as_picture(of_x * scale * x[:1] + of_e * e[:1], self.pipeline, self.arguments)
+    def _scale(self, t: Any) -> float:
+        return float(self.scheduler.scale_model_input(torch.ones(1), t)) if hasattr(self, "scale_model_input") else 1.0
+
+
+def estimated(
+    scheduler: Any, pipeline: Any, arguments: Mapping[str, Any], e: Tensor, t: Any, x: Tensor, scale: float
+) -> Tensor | None:
+    """The picture, [1, C, h, w], judged from the sample and what the model made of it at timestep t."""
+    of_x, of_e = samplers.estimate_coefficients(scheduler, t)
+    return as_picture(of_x * scale * x[:1] + of_e * e[:1], pipeline, arguments)
 
 
 def as_picture(latents: Tensor, pipeline: Any, arguments: Mapping[str, Any]) -> Tensor | None:

@@ -58,7 +58,7 @@ class UnCLIP(StableDiffusion):
     def __init__(self, card: ModelCard, pipeline: Any, parts: Mapping[str, Any]):
         super().__init__(card, pipeline, parts)
         self.width = parts["clip"].config.projection_dim
-        self.prior = Net("prior", self.guess, buckets=(2, 4, 8, 16, 32), width=32)
+        self.prior = Net("prior", self.guess, buckets=(2, 4, 8, 16, 32), width=32, recordable=True)
         self.projector = Net("project", self.project, width=32)
 
     # -- the nets

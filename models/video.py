@@ -48,7 +48,7 @@ class Video(Stages):
         }
         pipeline = self.of_task[r.kind]
         output = yield from stock(pipeline, self.nets["whole"], **taken(pipeline, offered))
-        return output.frames[0].float().cpu()
+        return output.frames[0].float()
 
     def latents(self, pixels: Tensor) -> Tensor:
         """[rows, 3, H, W] in [-1, 1], each a video of one frame, to their latents as the denoiser knows them."""

@@ -17,11 +17,12 @@ from typing import Any
 
 import structlog
 from redis import Redis
+from rq.executions import ExecutionRegistry
 from rq.job import Job
 from rq.results import Result
 from rq.serializers import JSONSerializer
 
-from app import events, jobs
+from app import dead, events, jobs
 from app.jobs import PRIORITIES, Jobs, queue_name
 from app.local import EmbeddedRedis
 from app.parts import die_with_parent
@@ -250,6 +251,14 @@ class Lab:
 
     def wait_running(self, count: int) -> None:
         until(lambda: self.leases() == count, 30, lambda: f"{self.leases()} leases")
+
+    def executions(self, id: str) -> int:
+        return self.connection.zcard(ExecutionRegistry(id, self.connection).key)
+
+    def requeue(self, id: str, max_attempts: int = 2) -> None:
+        """Once its failure is written."""
+        until(lambda: not self.executions(id))
+        dead.requeue(self.connection, id, max_attempts)
 
     def leases(self) -> int:
         return sum(self.connection.zcard(f"rq:wip:{queue}") for queue in QUEUES)

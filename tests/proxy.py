@@ -141,24 +141,28 @@ class Proxy:
         return await asyncio.open_connection(host, int(port))
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, asks: bool = False) -> None:
-        """Until one end closes, then that end of the other connection too."""
+        """Until one end closes or is reset, then that end of the other connection too."""
         with suppress(OSError):
-            while data := await reader.read(65536):
-                if self.seconds:
-                    await asyncio.sleep(self.seconds)
-                if asks and self.fatal and self.fatal in data:
-                    self.fatal = None
-                    await self._cut()
-                elif not self.swallowing:
-                    lost = asks and self.deaf and self.deaf in data
-                    self.swallowing = bool(lost)
-                    writer.write(data)
-                    await writer.drain()
-                    if lost:
-                        self.deaf = None
-                        await asyncio.sleep(0.1)  # the server acts on it
-                        await self._serve()
-            while self.swallowing:  # nobody hears of the end either
-                await asyncio.sleep(0.05)
-            if writer.can_write_eof():
+            await self._copy(reader, writer, asks)
+        while self.swallowing:  # nobody hears of the end either
+            await asyncio.sleep(0.05)
+        if writer.can_write_eof():
+            with suppress(OSError):
                 writer.write_eof()
+
+    async def _copy(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, asks: bool) -> None:
+        while data := await reader.read(65536):
+            if self.seconds:
+                await asyncio.sleep(self.seconds)
+            if asks and self.fatal and self.fatal in data:
+                self.fatal = None
+                await self._cut()
+            elif not self.swallowing:
+                lost = asks and self.deaf and self.deaf in data
+                self.swallowing = bool(lost)
+                writer.write(data)
+                await writer.drain()
+                if lost:
+                    self.deaf = None
+                    await asyncio.sleep(0.1)  # the server acts on it
+                    await self._serve()

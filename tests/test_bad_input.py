@@ -338,7 +338,7 @@ def test_an_unknown_path_is_not_found(http: httpx2.Client, path: str):
         ("POST", f"{URL}/{NOBODY}", "GET, DELETE"),
         ("POST", "/livez", "GET"),
         ("HEAD", f"{URL}/{NOBODY}/events", "GET"),
-        ("BREW", "/v1/models", "GET"),
+        ("PROPFIND", "/v1/models", "GET"),
     ],
 )
 def test_a_method_that_is_none_is_told_which_are(http: httpx2.Client, method: str, path: str, allowed: str):

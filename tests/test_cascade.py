@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from app.schemas import Parameters
 from models import guidance
@@ -53,6 +53,15 @@ def asked(**given: Any) -> Parameters:
 
 def noise_picture(size: int, seed: int = 0) -> Image.Image:
     return as_image(torch.rand(3, size, size, generator=generator(seed)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_draw_and_enlarge(dtype: torch.dtype):
+    """As on a GPU, where a card's weights are float16."""
+    nets = {name: part.to(dtype) if isinstance(part, nn.Module) else part for name, part in tiny.cascade().items()}
+    r = asked(width=32, height=32)
+    apart = alone(Cascade(GLIDE, None, nets), r) - alone(small_model(), r)
+    assert apart.abs().mean() < 0.05
 
 
 # -- thresholds
@@ -145,7 +154,7 @@ def test_what_is_known_is_part_of_every_estimate():
     ticket = engine.submit(model.draw(r, 0, Inputs(image, square(32, 8, 24))))
     while engine:
         if ticket.estimate is not None and ticket.stage == "base":
-            estimates.append(ticket.estimate)
+            estimates.append(ticket.estimate())
         engine.step()
     assert estimates
     outside = (known[:, 3:] == 0).expand(-1, 3, -1, -1)

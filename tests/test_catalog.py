@@ -160,6 +160,17 @@ def test_guidance_that_a_model_has_not_is_named(card: ModelCard):
     assert fields(card, guidance={"classifier": 0.0}) == []  # none is asked for
 
 
+def test_a_sampler_of_distilled_models_has_so_many_steps_and_no_more(card: ModelCard):
+    few = card.model_copy(update={"schedulers": [*card.schedulers, "lcm"]})
+    assert fields(few, scheduler="lcm", num_inference_steps=50) == []
+    assert fields(few, scheduler="lcm", num_inference_steps=51) == ["num_inference_steps"]
+    assert fields(few, num_inference_steps=51) == []
+
+
+def test_a_model_without_guidance_has_nothing_to_steer_away_from(card: ModelCard):
+    assert fields(card.model_copy(update={"guidance": []}), negative_prompt="blue") == ["negative_prompt"]
+
+
 def test_a_model_of_latents_has_no_threshold_for_pixels(card: ModelCard):
     assert fields(card, guidance={"dynamic_threshold": 0.995}) == ["guidance.dynamic_threshold"]
     assert fields(Catalog.read(["emoji-glide"]).default, guidance={"dynamic_threshold": 0.995}) == []

@@ -199,6 +199,32 @@ def test_up_killed_at_any_moment_leaves_no_process_behind(
     wait_for(lambda: not any(running(child) for child in children), 20)
 
 
+@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGINT], ids=lambda kill: kill.name)
+def test_a_signal_that_comes_while_python_tidies_up_is_not_lost(kill: signal.Signals):
+    """What is raised in a `__del__` goes no further."""
+    script = """
+import time
+from app.cli import end_at_sigterm
+
+class Slow:
+    def __del__(self):
+        print("tidying", flush=True)
+        time.sleep(1)
+
+end_at_sigterm(7)
+try:
+    Slow()
+    time.sleep(60)
+except KeyboardInterrupt:
+    raise SystemExit(7)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], env=path_to_us(), stdout=subprocess.PIPE)
+    assert process.stdout
+    process.stdout.readline()
+    process.send_signal(kill)
+    assert process.wait(20) == 7
+
+
 def test_killed_with_its_parent_when_make_is_killed(tmp_path: Path, begun: list[subprocess.Popen[bytes]]):
     script = f"{sys.executable} -m app.cli up --port 0 --data-dir data --with-parent; true"
     shell = subprocess.Popen(["sh", "-c", script], cwd=tmp_path, env=path_to_us(), stderr=subprocess.DEVNULL)

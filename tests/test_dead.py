@@ -8,7 +8,7 @@ from rq.job import Job
 
 from app.dead import dead, requeue, traceback_of
 from app.errors import NotFound, NotRequeueable
-from tests.lab import OWNER, Lab, Server
+from tests.lab import OWNER, Lab, Server, until
 from tests.test_jobs import keys
 
 NOBODY = "0" * 32
@@ -50,6 +50,7 @@ def test_the_traceback_is_that_of_the_last_attempt(lab: Lab):
     (crashed,), (good,) = lab.put(crash=1), lab.put()
     lab.wait([crashed], "failed")
     lab.wait([good])
+    until(lambda: not lab.executions(good))  # and what it ended with is written
     assert "ZeroDivisionError: of the program" in traceback_of(lab.connection, crashed)
     assert traceback_of(lab.connection, good) == ""
     for id in (NOBODY, "not an id"):
@@ -62,8 +63,9 @@ def test_one_is_queued_again_under_its_id_and_ends_as_any_other(lab: Lab):
     (id,) = lab.put(fail=3)
     lab.wait([id], "failed")
     before = lab.get(id)
+    until(lambda: not lab.executions(id))
     worker.kill()
-    requeue(lab.connection, id, max_attempts=2)
+    lab.requeue(id)
     shown = lab.get(id)
     assert (shown.status, shown.error, shown.attempts, shown.position) == ("queued", None, 2, 0)
     assert shown.parameters == before.parameters
@@ -85,7 +87,7 @@ def test_one_that_fails_again_is_dead_again(lab: Lab):
     lab.worker()
     (id,) = lab.put(crash=1)
     lab.wait([id], "failed")
-    requeue(lab.connection, id, max_attempts=2)
+    lab.requeue(id)
     lab.wait([id], "failed")
     lab.wait_events(id, ["queued", "running", "failed"])
     assert [letter.attempts for letter in dead(lab.connection)] == [2]
@@ -109,3 +111,23 @@ def test_one_whose_failure_is_not_wholly_written_yet_is_left(lab: Lab):
     lab.connection.hset(Job.key_for(id), "status", "failed")
     with pytest.raises(NotRequeueable):
         requeue(lab.connection, id, max_attempts=2)
+
+
+@pytest.mark.parametrize("outcome", ["fail", "kill"])
+def test_one_that_is_queued_again_the_moment_it_fails_goes_on(lab: Lab, outcome: str):
+    """Whoever found that it failed writes down why a moment later, and must not fail it once more."""
+    (id,) = lab.put(**{outcome: 2})
+    if outcome == "kill":
+        for _ in range(2):
+            lab.worker(max_attempts=1).join(30)
+    lab.worker(max_attempts=1)
+
+    def queued_again() -> bool:
+        try:
+            requeue(lab.connection, id, max_attempts=2)
+        except NotRequeueable:
+            return False
+        return True
+
+    until(queued_again)
+    lab.wait([id])

@@ -17,8 +17,9 @@ from torch import Tensor
 from models.program import Call, Inputs, Net
 from models.stable_diffusion import StableDiffusion
 from tests.test_stable_diffusion import asked, shipped  # noqa: F401
-from workers.engine import NARROW_FOR, Canceled, Engine, Pass, Ticket, take_apart
+from workers.engine import NARROW_FOR, Canceled, Engine, Pass, Ticket
 from workers.outcomes import OutOfMemory
+from workers.passes import take_apart
 
 
 @dataclass
@@ -611,10 +612,13 @@ def test_each_call_gets_its_rows_of_every_tensor_in_whatever_the_net_returns(mak
 def test_tickets_show_the_last_step_begun_and_the_last_estimate():
     net = recording()
 
+    def estimate() -> Tensor:
+        return X
+
     def program() -> Generator[Call, Any, None]:
         yield Call(net, {"x": X}, 2)
         yield Call(net, {"x": X}, 2, (0, 2))
-        yield Call(net, {"x": X}, 2, (1, 2), X)
+        yield Call(net, {"x": X}, 2, (1, 2), estimate)
         yield Call(net, {"x": X}, 2)
 
     engine = Engine()
@@ -623,7 +627,7 @@ def test_tickets_show_the_last_step_begun_and_the_last_estimate():
     while engine:
         engine.step()
         shown.append((ticket.at, ticket.estimate))
-    assert shown == [(None, None), ((0, 2), None), ((1, 2), X), ((1, 2), X), ((1, 2), X)]
+    assert shown == [(None, None), ((0, 2), None), ((1, 2), estimate), ((1, 2), estimate), ((1, 2), None)]
 
 
 def test_each_pass_is_observed_with_what_it_did():

@@ -22,6 +22,12 @@ def test_rescaled_guidance_has_the_contrast_of_the_conditional_row():
     torch.testing.assert_close(whole[2], e[2])  # not guided, nothing to take back
 
 
+def test_every_third_guided_call_computes_guidance_and_the_others_use_it_again():
+    assert guidance.reused(None, 3, 7) == {1, 2, 4, 5}
+    assert guidance.reused([0.3, 1.0], 3, 10) == {4, 5, 7, 8}
+    assert guidance.reused([0.3, 1.0], None, 10) == guidance.reused(None, 1, 10) == frozenset()
+
+
 def test_an_interval_guides_the_steps_within_and_no_others():
     guided = [i for i in range(10) if guidance.in_interval([0.2, 0.5], i, 10)]
     assert guided == [2, 3, 4]

@@ -25,6 +25,7 @@ from tests.test_stable_diffusion import asked, shipped  # noqa: F401
 from workers import journal
 from workers.engine import Engine
 from workers.journal import Journal, Outputs, Record, Unfit
+from workers.passes import Fetched
 
 CPU = torch.device("cpu")
 KEY = b"k" * 32
@@ -72,8 +73,14 @@ def through_a_page(outputs: Outputs) -> Outputs:
     lines = list[journal.Line]()
     for number, output in outputs.items():
         leaves, structure = journal.torch_pytree.tree_flatten(output)
-        lines.append(journal.Line(number, leaves, structure))
+        fetched = [Fetched(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        lines.append(journal.Line(number, fetched, structure))
     return journal.read(journal.written(lines, KEY), KEY, CPU)
+
+
+def page_of(x: Tensor) -> bytes:
+    leaves, structure = journal.torch_pytree.tree_flatten(x)
+    return journal.written([journal.Line(1, [Fetched(leaf) for leaf in leaves], structure)], KEY)
 
 
 def resumed_with_the_same_bytes(model: Any, r: Parameters, inputs: Inputs = NOTHING) -> None:
@@ -166,13 +173,13 @@ def test_a_page_holds_every_bit_of_what_nets_return(kind: str):
 
 def test_rows_that_are_all_the_same_are_kept_once():
     def size(x: Tensor) -> int:
-        return len(journal.written([journal.Line(1, *journal.torch_pytree.tree_flatten(x))], KEY))
+        return len(page_of(x))
 
     assert size(torch.randn(1, 4096).repeat(2, 1)) < 0.6 * size(torch.randn(2, 4096))
 
 
 def test_a_page_that_is_damaged_anywhere_or_cut_off_is_not_read():
-    page = journal.written([journal.Line(1, *journal.torch_pytree.tree_flatten(torch.randn(2, 3)))], KEY)
+    page = page_of(torch.randn(2, 3))
     for at in range(0, len(page), 7):
         with pytest.raises(Unfit):
             journal.read(page[:at] + bytes([page[at] ^ 1]) + page[at + 1 :], KEY, CPU)

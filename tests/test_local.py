@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import httpx2
 import pytest
 
 from app import local, parts
+from app.local import EmbeddedRedis
 from app.parts import Part, StartFailed, ending
 from app.settings import Settings
 from tests.lab import until
@@ -115,6 +117,50 @@ def test_killed_itself_it_leaves_no_process_behind(service: Up):
     service.process.kill()
     service.process.wait(10)
     until(lambda: not any(running(child) for child in children), 20)
+
+
+def test_api_processes_share_a_port_and_its_connections_and_are_begun_again(tmp_path: Path, valkey: EmbeddedRedis):
+    port = local.free_port("127.0.0.1")
+    environment = path_to_us() | QUICK | {"REDIS_URL": valkey.url, "DARKROOM_API_PROCESSES": "2"}
+    errors = tmp_path / "errors"
+    with errors.open("wb") as file:
+        command = [*DARKROOM, "api", "--port", str(port)]
+        service = Up(subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=file), errors)
+
+    def shares() -> dict[int, int]:
+        """Connections that each process has, of 64 that are open and answered."""
+        pids = [pid for pid in started_by(service.process.pid) if running(pid)]
+        before = {pid: files(pid) for pid in pids}
+        with ExitStack() as stack:
+            for _ in range(64):
+                client = stack.enter_context(httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=10))
+                assert client.get("/livez").text == "ok"
+            return {pid: files(pid) - before[pid] for pid in pids}
+
+    def both_answer() -> bool:
+        try:
+            return len(found := shares()) == 2 and min(found.values()) >= 10
+        except httpx2.TransportError:
+            return False  # to one that is killed, or has no port yet
+
+    try:
+        until(both_answer, 60, lambda: service.said)
+        first, second = shares()
+        os.kill(first, signal.SIGKILL)
+        until(lambda: both_answer() and first not in shares(), 60, lambda: service.said)
+        assert second in shares()
+        assert re.search(r"API [12] ended by SIGKILL; it is begun again", service.said)
+        scraped = httpx2.get(f"http://127.0.0.1:{port}/metrics").text
+        assert "darkroom_redis_up 1.0" in scraped
+    finally:
+        pids = started_by(service.process.pid)
+        service.process.terminate()
+        assert service.process.wait(30) == 0
+    assert not any(running(pid) for pid in pids)
+
+
+def files(pid: int) -> int:
+    return len(list((Path("/proc") / str(pid) / "fd").iterdir()))
 
 
 def test_a_model_that_cannot_be_loaded_ends_it_with_the_models_name_and_the_reason(tmp_path: Path):

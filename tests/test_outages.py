@@ -15,6 +15,7 @@ from redis import ConnectionError, Redis
 
 from app.events import PATIENCE
 from app.local import LocalService
+from app.scripts import SUBMIT
 from tests.conftest import local_settings
 from tests.lab import Server, until
 from tests.proxy import Proxy
@@ -211,22 +212,10 @@ def queued(away: Away) -> list[str]:
     return [id.decode() for id in away.redis.lrange("rq:queue:emoji-sd.normal", 0, -1)]
 
 
-def test_what_was_stored_is_acknowledged_though_redis_went_away_before_it_could_be_shown(away: Away):
-    away.proxy.cut_at(b"HMGET")
-    answer = away.http.post(URL, json=GOOD)
-    assert answer.status_code == 202
-    assert answer.json()["id"] in queued(away)
-    away.proxy.heal()
-    comes_back(away)
-    shown = away.http.get(answer.headers["location"]).json()
-    assert shown["status"] == answer.json()["status"] == "queued"
-    assert shown["parameters"] == answer.json()["parameters"]
-
-
 @pytest.mark.parametrize("headers", [{}, {"Idempotency-Key": "once"}], ids=["plain", "with-key"])
 def test_what_was_stored_is_stored_once_though_the_answer_was_lost(away: Away, headers: dict[str, str]):
     before = queued(away)
-    away.proxy.lose_answer_to(b"EXEC")
+    away.proxy.lose_answer_to(SUBMIT.sha.encode())
     answer = away.http.post(URL, json=GOOD, headers=headers)
     assert answer.status_code == 202
     assert "idempotent-replayed" not in answer.headers
@@ -235,7 +224,7 @@ def test_what_was_stored_is_stored_once_though_the_answer_was_lost(away: Away, h
 
 def test_what_was_not_stored_is_not_acknowledged(away: Away):
     before = queued(away)
-    away.proxy.cut_at(b"EXEC")
+    away.proxy.cut_at(SUBMIT.sha.encode())
     problem_of(away.http.post(URL, json=GOOD), 503, "store-unavailable")
     assert queued(away) == before
 

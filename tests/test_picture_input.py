@@ -15,7 +15,7 @@ from app.errors import InvalidRequest, RangeNotSatisfiable
 from app.files import part
 from app.images import encode, png_bytes, read_image, read_mask
 from app.jobs import age_of, is_id, new_id
-from app.routes.generations import seconds_to_wait
+from app.routes.generations import preferred_wait
 from app.schemas import MAX_SEED, OutputFormat, Parameters, Priority
 from app.settings import Settings
 
@@ -249,8 +249,8 @@ def test_any_range_is_answered_or_refused(wanted: str):
 @given(st.none() | st.text(max_size=40), st.integers(0, 10**12))
 def test_nobody_waits_for_longer_than_allowed_whatever_is_preferred(noise: str | None, seconds: int):
     most = int(Settings().max_wait.total_seconds())
-    assert 0 <= seconds_to_wait(Settings(), noise) <= most
-    assert seconds_to_wait(Settings(), f"respond-async, wait={seconds}") == min(int(str(seconds)[:6]), most)
+    assert 0 <= preferred_wait(noise, most) <= most
+    assert preferred_wait(f"respond-async, wait={seconds}", most) == min(int(str(seconds)[:6]), most)
 
 
 @examples

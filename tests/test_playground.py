@@ -178,14 +178,14 @@ def test_a_prompt_becomes_a_picture_that_sharpens_on_the_way(page: Page):
 
 
 def test_a_generation_is_canceled(page: Page, http: httpx2.Client):
-    page.get_by_label("Steps, exactly").fill("100")
+    page.get_by_label("Steps, exactly", exact=True).fill("100")
     page.get_by_label("Prompt").fill("a castle")
     page.get_by_role("button", name="Draw", exact=True).click()
     page.get_by_role("button", name="Cancel").click()
     expect(page.locator(".fate")).to_have_text("Canceled")
     assert newest(http)["status"] == "canceled"
     page.get_by_role("button", name="Reuse").click()
-    expect(page.get_by_label("Steps, exactly")).to_have_value("100")
+    expect(page.get_by_label("Steps, exactly", exact=True)).to_have_value("100")
 
 
 def test_the_gallery_survives_a_reload_and_says_how_each_picture_was_drawn(page: Page):
@@ -430,7 +430,7 @@ def test_a_hidden_tab_holds_no_connection(page: Page, http: httpx2.Client):
     def is_a_stream(request: Request) -> bool:
         return request.url.endswith("/events")
 
-    page.get_by_label("Steps, exactly").fill("100")
+    page.get_by_label("Steps, exactly", exact=True).fill("100")
     page.get_by_label("Prompt").fill("a castle")
     with page.expect_request(is_a_stream):
         page.get_by_role("button", name="Draw", exact=True).click()
@@ -453,7 +453,7 @@ def test_a_service_with_keys_asks_for_one(context: BrowserContext, keyed: str):
     expect(box).to_contain_text("this API key is not known")
     box.get_by_label("Key").fill(KEY)
     box.get_by_role("button", name="Save").click()
-    page.get_by_label("Steps, exactly").fill("20")
+    page.get_by_label("Steps, exactly", exact=True).fill("20")
     page.get_by_label("Prompt").fill("a dog")
     page.get_by_label("Prompt").press("Control+Enter")
     expect(page.locator("img.preview")).to_have_attribute("src", re.compile("^blob:"))

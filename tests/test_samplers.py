@@ -29,6 +29,7 @@ CASES.append(("flow_match", "flow"))
 # Of the largest value, for a float32 table and a float64 scheduler. In float32 the schedulers themselves are worse, for
 # a zero terminal SNR means a first sigma of 4096: Euler's sample begins that large, so do DEIS's terms; they cancel.
 TOLERANCE = 1e-6
+OF_LCM = 3e-6  # whose roundings add up over its steps, 1e-7 each, one way on some processors
 
 
 @pytest.mark.parametrize(("steps", "begin"), [(1, 0), (2, 0), (7, 0), (20, 0), (7, 3), (20, 19)])
@@ -41,7 +42,8 @@ def test_a_table_steps_as_the_scheduler_it_was_read_off(
     table = samplers.sampler(name, config(kind), steps, begin)
     assert isinstance(table, samplers.Table)
     for ours, theirs in zip(tabled(table), stepped(stock, steps, begin, torch.float64), strict=True):
-        assert float((ours - theirs).abs().max()) <= TOLERANCE * float(theirs.abs().max())
+        tolerance = OF_LCM if name == "lcm" else TOLERANCE
+        assert float((ours - theirs).abs().max()) <= tolerance * float(theirs.abs().max())
 
 
 @pytest.mark.parametrize("name", sorted(samplers.NOT_LINEAR))
@@ -76,7 +78,7 @@ def test_a_seed_draws_the_noise_that_the_scheduler_would_draw(name: str):
 def test_a_deterministic_sampler_leaves_the_generator_alone(name: str):
     table, rng = samplers.sampler(name, config("epsilon"), 4), generator(3)
     before = rng.get_state()
-    assert not table.noise(0, torch.empty(1, 4, 8, 8), rng).any()
+    assert table.noise(0, torch.empty(1, 4, 8, 8), rng) is None
     assert torch.equal(rng.get_state(), before)
 
 
@@ -177,10 +179,10 @@ def tabled(sampler: samplers.Sampler) -> list[Tensor]:
     """The same, with the update that `StableDiffusion.denoise` applies."""
     model, rng = fake_model(), generator(1)
     x = beginning(sampler.init_noise_sigma)
-    e1 = x1 = e2 = x2 = torch.zeros_like(x)
+    e1 = x1 = e2 = x2 = nothing = torch.zeros_like(x)
     samples = list[Tensor]()
     for i, t in enumerate(sampler.timesteps):
-        noise = sampler.noise(i, x, rng)
+        noise = nothing if (drawn := sampler.noise(i, x, rng)) is None else drawn
         e = model(x * sampler.scales[i], t)
         updated = torch.einsum("k,krchw->rchw", sampler.coefficients[i], torch.stack([x, e, noise, e1, x1, e2, x2]))
         e2, x2, e1, x1 = e1, x1, e, x

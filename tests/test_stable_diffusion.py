@@ -321,8 +321,11 @@ def test_progress_counts_the_steps_that_were_asked_for(scheduler: str):
 def test_an_estimate_looks_like_the_picture_to_come(shipped: StableDiffusion, scheduler: str):
     engine = Engine()
     ticket = engine.submit(shipped.draw(asked(scheduler=scheduler, num_inference_steps=6), 0, NOTHING))
-    run_out(engine, ticket)
-    preview = as_tensor(Image.fromarray(shipped.colours.paint(ticket.estimate).numpy()))
+    shown = torch.empty(0)
+    while engine:
+        shown = ticket.estimate() if ticket.estimate else shown
+        engine.step()
+    preview = as_tensor(Image.fromarray(shipped.colours.paint(shown).numpy()))
     small = torch.nn.functional.adaptive_avg_pool2d(ticket.result, preview.shape[-2:])
     assert (preview - small).abs().mean() < 0.08
 
@@ -406,7 +409,7 @@ def progress(model: StableDiffusion, r: Parameters, inputs: Inputs = NOTHING) ->
     return told
 
 
-def stock(model: StableDiffusion, cls: Any, r: Parameters, inputs: Inputs) -> Tensor:
+def stock(model: StableDiffusion, cls: Any, r: Parameters, inputs: Inputs, **given: Any) -> Tensor:
     pipeline = cls(**model.pipeline.components, requires_safety_checker=False)
     pipeline.scheduler = samplers.scheduler(r.scheduler, model.scheduler_config)
     pipeline.set_progress_bar_config(disable=True)
@@ -420,6 +423,7 @@ def stock(model: StableDiffusion, cls: Any, r: Parameters, inputs: Inputs) -> Te
         generator=generator(r.seed),
         output_type="pt",
         **size,
+        **given,
         **{name: value for name, value in pictures.items() if value is not None},
     ).images[0]
 

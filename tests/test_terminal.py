@@ -30,7 +30,7 @@ def generate(service: LocalService, folder: Path, *arguments: str, **terminal: s
     environment = {name: value for name, value in os.environ.items() if name != "TMUX"}
     environment |= SAYS_NOTHING | {"PYTHONPATH": str(Path(__file__).parent.parent)} | terminal
     command = [sys.executable, "-m", "app.cli", "generate", "a red apple on a blue background", "--url", service.url]
-    process = subprocess.Popen([*command, "--steps", "6", *arguments], cwd=folder, env=environment, stderr=follower)
+    process = subprocess.Popen([*command, "--steps", "20", *arguments], cwd=folder, env=environment, stderr=follower)
     os.close(follower)
     said = b""
     try:
@@ -74,7 +74,7 @@ def test_another_with_true_colour_is_sent_half_blocks(service: LocalService, tmp
     assert blue > red + 50  # the background
     red, _, blue = map(int, last[32 * ROWS // 2 + 16])
     assert red > blue + 50  # the apple
-    assert "step 6 of 6" in said
+    assert "step 20 of 20" in said
 
 
 def test_nothing_is_shown_where_it_is_not_wanted(service: LocalService, tmp_path: Path):

@@ -52,7 +52,7 @@ def asked(name: str, task: str = "text-to-video", **given: Any) -> tuple[Paramet
     begins = task == "image-to-video"
     request = {"prompt": "a cat", "num_inference_steps": 3, "guidance_scale": 3.0, "seed": 0, "task": task}
     r = GenerationRequest.model_validate(request | ({"image": "given"} if begins else {}) | given)
-    return complete(r, model(name).card, {}), Inputs(as_image(torch.rand(3, 32, 32)) if begins else None)
+    return complete(r, model(name).card), Inputs(as_image(torch.rand(3, 32, 32)) if begins else None)
 
 
 def alone(r: Parameters, inputs: Inputs) -> Tensor:
@@ -122,8 +122,8 @@ def test_steps_are_counted_and_the_middle_of_a_video_is_shown(name: str):
     seen, shown = list[Any](), list[Any]()
     while engine:
         seen.append(ticket.at)
-        if ticket.estimate is not None:
-            shown.append(model(name).colours.paint(ticket.estimate).shape)
+        if ticket.estimate and (estimate := ticket.estimate()) is not None:
+            shown.append(model(name).colours.paint(estimate).shape)
         engine.step()
     run_out(engine, ticket)
     assert [at for i, at in enumerate(seen) if at and at not in seen[:i]] == [(i, 3) for i in range(4)]
@@ -186,7 +186,7 @@ def test_what_goes_with_videos(model: str, given: Any, problem: tuple[str, str] 
 
 
 def test_what_is_left_open_of_a_video_is_decided():
-    r = complete(GenerationRequest(prompt="a cat"), ALL["wan21"], {})
+    r = complete(GenerationRequest(prompt="a cat"), ALL["wan21"])
     assert (r.kind, r.num_frames, r.fps, r.output_format) == ("text-to-video", 81, 16, "mp4")
 
 

@@ -26,7 +26,6 @@ from typer.testing import CliRunner
 from app import postman, webhooks
 from app.cli import cli
 from app.connection import connect
-from app.dead import requeue
 from app.errors import NotFound, QueueFull
 from app.jobs import Jobs
 from app.local import LocalService
@@ -543,7 +542,7 @@ def test_every_way_to_end_is_told(receiver: Receiver, lab: Lab):
     (crashed,) = lab.put(crash=1, **hook(receiver, "/crashed"))
     assert receiver.wait("/crashed")[0].body["data"]["error"]["type"] == "error"
     assert {one.body["data"]["id"] for one in receiver.wait("/late", 2)} == {late, later}
-    requeue(lab.connection, crashed, 2)
+    lab.requeue(crashed)
     assert [one.headers["webhook-id"] for one in receiver.wait("/crashed", 2)] == [
         f"{crashed}_failed",
         f"{crashed}_failed_2",

@@ -20,7 +20,7 @@ from rq.serializers import JSONSerializer
 from rq.suspension import resume, suspend
 
 from app import events
-from app.dead import dead, requeue
+from app.dead import dead
 from app.errors import NotCancelable
 from app.jobs import BELL
 from tests.lab import FAKETIME, OWNER, Lab, Server, ended, freeze, thaw, until
@@ -322,6 +322,7 @@ def test_a_request_that_kills_its_worker_fails_and_its_batch_mates_do_not_pay(la
     assert shown.error
     assert shown.error.type == "worker-died"
     assert shown.attempts == deaths == 3  # in company once, then alone twice
+    until(lambda: not lab.executions(poison))
     assert lab.results(poison) == ["FAILED"]
     lab.wait(ids)
     lab.audit(ids)
@@ -346,7 +347,7 @@ def test_one_that_killed_its_workers_is_a_dead_letter_and_forgiven_when_it_is_qu
     lab.worker(max_attempts=1)
     lab.wait([id], "failed")
     until(lambda: [letter.id for letter in dead(lab.connection)] == [id])
-    requeue(lab.connection, id, max_attempts=3)
+    lab.requeue(id, max_attempts=3)
     lab.wait([id])
     assert lab.get(id).attempts == 3
 
@@ -505,6 +506,7 @@ def test_after_the_last_attempt_it_has_failed_with_the_reason(lab: Lab):
     shown = lab.get(id)
     assert shown.attempts == 3
     assert shown.error.model_dump() == {"type": "out-of-luck", "detail": "attempt 3"}
+    until(lambda: not lab.executions(id))  # what RQ writes after the status
     assert lab.results(id) == ["FAILED"]
     assert not lab.left()
 

@@ -1,9 +1,8 @@
 """How long a pass takes at each row count, measured; and from that, how wide a pass should be."""
 
-import time
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
+from statistics import linear_regression
 
 import torch
 from PIL import Image
@@ -11,9 +10,11 @@ from PIL import Image
 from app.schemas import Parameters
 from models.families import Resident
 from models.program import Call, Inputs, Net, Program
-from workers.engine import take_apart
+from workers.passes import Eager, Placed, Runner, take_apart
 
+NOISE = 0.1  # of a pass
 CLOSE_TO_PEAK = 0.95  # a wider pass than this needs buys little throughput and costs everybody latency
+HELD_UP = 0.1  # seconds that others' denoising may wait for pictures to be decoded, or the length of a full pass
 
 
 @dataclass(frozen=True)
@@ -25,23 +26,51 @@ class Curve:
     @property
     def width(self) -> int:
         """The smallest row count within 5 % of the best throughput."""
-        best = max(self.rows_per_second(rows) for rows in self.seconds)
-        return min(rows for rows in self.seconds if self.rows_per_second(rows) >= CLOSE_TO_PEAK * best)
+        rates = {rows: rows / seconds for rows, seconds in self.smooth().items()}
+        return min(rows for rows, rate in rates.items() if rate >= CLOSE_TO_PEAK * max(rates.values()))
+
+    def smooth(self) -> dict[int, float]:
+        """The seconds without noise, if a pass costs so much and so much more for each row; or as they were measured.
+
+        Most nets' do, on processors and on GPUs. One lucky pass, or an unlucky one, would move the width by a third.
+        """
+        if len(self.seconds) < 5:
+            return self.seconds
+        a_pass, a_row = linear_regression([1 / n for n in self.seconds], [s / n for n, s in self.seconds.items()])
+        line = {rows: a_pass + a_row * rows for rows in self.seconds}
+        fits = all(abs(line[rows] - s) < NOISE * s for rows, s in self.seconds.items())
+        return line if fits else self.seconds
+
+    def widest_within(self, seconds: float) -> int:
+        """The widest that is worth it and takes no longer than so many seconds, if any is as short."""
+        return max((rows for rows in self.seconds if rows <= self.width and self.seconds[rows] <= seconds), default=1)
+
+    def worth_having(self, buckets: tuple[int, ...]) -> tuple[int, ...]:
+        """Of these, those that were not measured, and those that are quicker by 5 % than the next that is kept."""
+        kept = list[int]()
+        for rows in reversed(buckets):
+            wider = next((other for other in kept if other in self.seconds), None)
+            if wider is None or rows not in self.seconds or self.seconds[rows] < CLOSE_TO_PEAK * self.seconds[wider]:
+                kept.insert(0, rows)
+        return tuple(kept)
 
     def rows_per_second(self, rows: int) -> float:
         return rows / self.seconds[rows]
 
 
-def warm_up(resident: Resident, max_rows: int) -> dict[Net, Curve]:
-    """Run each net once, measure the two that matter, the denoiser and the decoder, and set their widths."""
+def warm_up(resident: Resident, max_rows: int, runner: Runner | None = None) -> dict[Net, Curve]:
+    """Run each net once, measure the denoiser and the decoder, and set the widths and buckets of these two."""
+    denoiser, decoder, runner = resident.denoiser, resident.decoder, runner or Eager()
     with torch.no_grad():
         step, decode = example_calls(resident)
-        curves = {
-            resident.denoiser: measure(resident.denoiser, step, max_rows),
-            resident.decoder: measure(resident.decoder, decode, min(max_rows, *resident.decoder.buckets[-1:])),
-        }
+        steps = measure(denoiser, step, max_rows, runner)
+        decodes = measure(decoder, decode, min(max_rows, *decoder.buckets[-1:]), runner)
+    denoiser.width = steps.width
+    longest = max(HELD_UP, steps.seconds[steps.width])
+    decoder.width = decodes.width if decoder.journaled else decodes.widest_within(longest)  # a stage takes its turns
+    curves = {denoiser: steps, decoder: decodes}
     for net, curve in curves.items():
-        net.width = curve.width
+        net.buckets = curve.worth_having(net.buckets)
     return curves
 
 
@@ -78,37 +107,42 @@ def run_until(program: Program, call: Call, net: Net) -> Call:
     return call
 
 
-def measure(net: Net, call: Call, max_rows: int, rounds: int = 3) -> Curve:
+def measure(net: Net, call: Call, max_rows: int, runner: Runner | None = None, rounds: int = 3) -> Curve:
     """The shortest pass at each bucket that the call's rows fill, up to where more no longer pay.
 
     Round after round over all buckets, so that a moment's noise does not fall on one of them alone.
     """
-    arguments: dict[int, dict[str, Any]] = {}
+    runner = runner or Eager()
+    passes: dict[int, Placed] = {}
     seconds: dict[int, float] = {}
     best, since_best = 0.0, 0
     for rows in [bucket for bucket in net.buckets if bucket % call.rows == 0] or [call.rows]:
         if (rows > max_rows and seconds) or since_best == 3:
             break
-        arguments[rows] = tiled(call, rows)
-        timed(net, arguments[rows])  # the first pass of a shape also prepares for it
-        seconds[rows] = timed(net, arguments[rows])
-        since_best = 0 if rows / seconds[rows] > best * (2 - CLOSE_TO_PEAK) else since_best + 1
-        best = max(best, rows / seconds[rows])
+        passes[rows] = tiled(call, rows)
+        for _ in range(runner.prepares):
+            timed(net, passes[rows], runner)
+        seconds[rows] = min(timed(net, passes[rows], runner) for _ in range(2))
+        if rows / seconds[rows] > best * (2 - CLOSE_TO_PEAK):  # than the last that was: small gains add up
+            best, since_best = rows / seconds[rows], 0
+        else:
+            since_best += 1
     for _ in range(rounds - 1):
         for rows in seconds:
-            seconds[rows] = min(seconds[rows], timed(net, arguments[rows]))
+            seconds[rows] = min(seconds[rows], timed(net, passes[rows], runner))
     return Curve(seconds)
 
 
-def tiled(call: Call, rows: int) -> dict[str, Any]:
-    """The call's arguments, repeated to so many rows."""
+def tiled(call: Call, rows: int) -> Placed:
+    """The call, repeated to so many rows."""
     columns = take_apart(call)
-    return columns.arguments(column.repeat(rows // call.rows, *[1] * (column.ndim - 1)) for column in columns.batched)
+    columns.batched = [column.repeat(rows // call.rows, *[1] * (column.ndim - 1)) for column in columns.batched]
+    return Placed(columns, 0, rows)
 
 
-def timed(net: Net, arguments: dict[str, Any]) -> float:
-    began = time.perf_counter()
-    net.run(**arguments)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+def timed(net: Net, wide: Placed, runner: Runner) -> float:
+    """Seconds that a pass of nothing else takes."""
+    took = runner.stopwatch()
+    runner.run(net, [wide], wide.rows)
+    took.stop()
+    return took.seconds()

@@ -2,24 +2,28 @@
 
 Each `step()` runs one forward pass, for the calls that `workers/policy.py` says. Programs therefore come and go between
 any two passes, and none waits for a whole batch to end.
+
+A GPU need not wait for us either: a pass is launched, its programs go on to their next calls while it still runs, and
+only then the engine waits, for the pass before.
 """
 
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import structlog
 import torch
 from torch import Tensor
-from torch.utils import _pytree as torch_pytree  # knows tuples, dicts, and the outputs of diffusers and transformers
 
 from app import metrics
 from models.program import Call, Net, Program
 from workers.outcomes import OutOfMemory
+from workers.passes import Columns, Eager, Placed, Runner, Stopwatch, scatter, take_apart
 from workers.policy import Policy, fitting
 
 log = structlog.get_logger()
@@ -55,34 +59,14 @@ class Ticket:
     resumed_at: int = 0  # the step at which they came to an end
     at: tuple[int, int] | None = None  # the last denoising step begun, of how many
     stage: str = ""  # that this step belongs to
-    estimate: Tensor | None = None
+    estimate: Callable[[], Tensor | None] | None = None  # what its picture looks like so far
     result: Tensor | None = None
     error: Exception | None = None
     done: bool = False
+    number: int = field(default_factory=count().__next__)
 
     def end(self, result: Tensor | None = None, error: Exception | None = None) -> None:
-        self.done, self.result, self.error, self.call = True, result, error, None
-
-
-@dataclass(slots=True)
-class Columns:
-    """A call's arguments, taken apart: what is batched row by row, and what must be equal to share a pass."""
-
-    key: tuple[Any, ...]
-    batched: list[Tensor]
-    trees: dict[str, tuple[list[Any], Any]]  # of each argument: leaves and structure; `BATCHED` where a column goes
-
-    def arguments(self, columns: Iterable[Tensor]) -> dict[str, Any]:
-        """The call's arguments with other columns in the places of its own."""
-        fresh = iter(columns)
-        return {
-            name: torch_pytree.tree_unflatten([next(fresh) if leaf is BATCHED else leaf for leaf in leaves], spec)
-            for name, (leaves, spec) in self.trees.items()
-        }
-
-
-BATCHED = object()
-ONE_LEAF = torch_pytree.tree_structure(torch.empty(0))
+        self.done, self.result, self.error, self.call, self.estimate = True, result, error, None, None
 
 
 @dataclass(eq=False, slots=True)
@@ -126,6 +110,10 @@ class Seating:
     def net(self) -> Net:
         return next(iter(self.places)).call.net
 
+    @property
+    def parts(self) -> list[slice]:
+        return [slice(at, at + waiting.rows) for waiting, at in self.places.items()]
+
 
 @dataclass(slots=True)
 class Pass:
@@ -139,10 +127,19 @@ class Pass:
     tickets: Sequence[Ticket] = field(default=(), repr=False)
 
 
+@dataclass(slots=True)
+class Launched:
+    """A pass that the device may still be at."""
+
+    seating: Seating
+    took: Stopwatch
+
+
 class Engine:
     """Args:
     observe: is told of each pass.
     note: is given what each call of a `journaled` net returned, before its program is.
+    runner: how a pass is run.
     """
 
     def __init__(
@@ -150,14 +147,16 @@ class Engine:
         observe: Callable[[Pass], None] = lambda _: None,
         note: Callable[[Ticket, Any], None] = lambda *_: None,
         policy: Policy | None = None,
+        runner: Runner | None = None,
     ):
-        self.policy = policy or Policy()
+        self.policy, self.runner = policy or Policy(), runner or Eager()
         self.waiting: list[Waiting] = []  # in the order in which the calls came in
         self.observe, self.note = observe, note
+        self.under_way: list[Launched] = []
         self.narrow = WeakKeyDictionary[Net, tuple[float, int]]()  # until when, and how many rows
 
     def __bool__(self) -> bool:
-        return bool(self.waiting)
+        return bool(self.waiting or self.under_way)
 
     def width(self, net: Net) -> int:
         """Rows that a pass of the net may have at present: fewer for a while after it ran out of memory."""
@@ -188,39 +187,56 @@ class Engine:
             close(ticket.program)
 
     def step(self) -> list[Ticket]:
-        """One forward pass. Returns the tickets that are done with it."""
+        """One forward pass, or the end of the last. Returns the tickets that are done with it."""
+        before, self.under_way = self.under_way, []
         if not self.waiting:
+            self._catch_up(before)
             return []
         seating = together(self.policy.turn(self.waiting), self.width)
         self.waiting = [waiting for waiting in self.waiting if waiting not in seating.places]
-        began = time.perf_counter()
-        outcomes = self._run(seating)
-        self.policy.charge(next(iter(seating.places)).account, time.perf_counter() - began)
-        for waiting, outcome in outcomes:
+        for waiting, outcome in self._run(seating):
             if waiting.call.net.journaled and not isinstance(outcome, Exception):
                 self.note(waiting.ticket, outcome)
             self._resume(waiting.ticket, outcome)
+        self._catch_up(before)
+        if not self.runner.asynchronous:
+            self._catch_up(self.under_way)
+            self.under_way = []
         return [waiting.ticket for waiting in seating.places if waiting.ticket.done]
+
+    def _catch_up(self, passes: Sequence[Launched]) -> None:
+        """Wait for their ends: beats, cancels and timings mean what they say, but for the pass that is under way."""
+        for one in passes:
+            seconds, calls = one.took.seconds(), one.seating.places
+            self.policy.charge(next(iter(calls)).account, seconds)
+            used, tickets = sum(waiting.rows for waiting in calls), [waiting.ticket for waiting in calls]
+            self.observe(Pass(one.seating.net, len(tickets), used, one.seating.rows, seconds, tickets))
 
     def _run(self, seating: Seating) -> list[tuple[Waiting, Any]]:
         """Outcomes of one pass. A failing pass is halved until the culprit is alone: it never hurts its neighbours."""
-        began = time.perf_counter()
         try:
-            outcomes = run(seating)
+            took, outcomes = self._launch(seating)
         except Exception as error:
             calls = len(seating.places)
             log.warning("pass_failed", net=seating.net.name, calls=calls, rows=seating.rows, error=repr(error))
             failure = OutOfMemory(what_it_needed(seating, error)) if ran_out(error) else error
         else:
-            used = sum(waiting.call.rows for waiting in seating.places)
-            tickets = [waiting.ticket for waiting in seating.places]
-            self.observe(Pass(seating.net, len(tickets), used, seating.rows, time.perf_counter() - began, tickets))
+            self.under_way.append(Launched(seating, took))
             return list(zip(seating.places, outcomes, strict=True))
         if isinstance(failure, OutOfMemory):  # out of `except`, whose traceback holds what the pass had allocated
             self._make_room(seating)
         if len(seating.places) == 1:
             return [(waiting, failure) for waiting in seating.places]
         return [pair for half in halves(seating) for pair in self._run(half)]
+
+    def _launch(self, seating: Seating) -> tuple[Stopwatch, list[Any]]:
+        """For each seated call, its own rows of what the net returns."""
+        seats = sorted(seating.places.items(), key=lambda item: item[1])
+        placed = [Placed(waiting.columns, at, waiting.rows) for waiting, at in seats]
+        took = self.runner.stopwatch()
+        output = self.runner.run(seating.net, placed, seating.rows)
+        took.stop()
+        return took, scatter(output, seating.rows, seating.parts)
 
     def _make_room(self, seating: Seating) -> None:
         """Narrower passes for a while. One call that does not fit is no reason: nothing narrower would let it in."""
@@ -254,7 +270,7 @@ class Engine:
         else:
             ticket.call = call
             ticket.at, ticket.stage = call.at or ticket.at, call.stage
-            ticket.estimate = call.estimate if call.estimate is not None else ticket.estimate
+            ticket.estimate = call.estimate or ticket.estimate
             self.waiting.append(Waiting(ticket, call, columns))
 
 
@@ -280,10 +296,10 @@ def together(alike: Sequence[Waiting], width: Callable[[Net], int]) -> Seating:
 
 def packed(calls: Sequence[Waiting]) -> Seating:
     """Back to back, padded to the net's next bucket."""
-    places, used = dict[Waiting, int](), 0
-    for waiting in calls:
+    places, used = dict.fromkeys(calls, 0), 0
+    for waiting in sorted(calls, key=lambda one: one.ticket.number):  # the same rows as in the pass before
         places[waiting] = used
-        used += waiting.call.rows
+        used += waiting.rows
     return Seating(places, next((bucket for bucket in calls[0].call.net.buckets if bucket >= used), used))
 
 
@@ -338,85 +354,3 @@ def what_it_needed(seating: Seating, error: Exception) -> str:
     words = said[0] if said else str(error).partition("\n")[0]
     size = "×".join(map(str, largest))
     return f"{seating.net.name} does not fit into memory with {seating.rows} rows of {size}: {words}"
-
-
-# -- collate, run, scatter
-
-
-def take_apart(call: Call) -> Columns:
-    """Sort a call's arguments into batched columns and what must be equal by content.
-
-    Raises:
-        TypeError: an argument can be neither batched nor compared.
-    """
-    rows, shared = call.rows, call.net.shared
-    key, batched, trees = list[Any]([call.net]), list[Tensor](), dict[str, Any]()
-    for name, value in call.args.items():
-        leaves: list[Any] = [value]
-        spec = ONE_LEAF
-        if not isinstance(value, Tensor):
-            leaves, spec = torch_pytree.tree_flatten(value)
-        key += name, spec
-        for i, leaf in enumerate(leaves):
-            if isinstance(leaf, Tensor) and name not in shared and (leaf.ndim == 0 or leaf.shape[0] == rows):
-                column = leaf if leaf.ndim else leaf.expand(rows)
-                batched.append(column)
-                leaves[i] = BATCHED
-                key.append((column.shape[1:], column.dtype, column.device))
-            else:
-                key.append(content(name, leaf))
-        trees[name] = leaves, spec
-    return Columns(tuple(key), batched, trees)
-
-
-def content(name: str, leaf: Any) -> Any:
-    """Something hashable that is equal just when the argument is; a shortened repr would merge strangers."""
-    if isinstance(leaf, Tensor):
-        flat = leaf.detach().cpu().contiguous().reshape(-1)
-        return leaf.dtype, leaf.shape, leaf.device, flat.view(torch.uint8).numpy().tobytes()
-    if isinstance(leaf, float):
-        return float, leaf.hex()  # 0.0 == -0.0, and not a number is not even equal to itself
-    if leaf is None or isinstance(leaf, bool | int | str | torch.dtype | torch.device):
-        return type(leaf), leaf
-    raise TypeError(f"argument {name!r} is a {type(leaf).__name__}: neither rows nor something to compare")
-
-
-def run(seating: Seating) -> list[Any]:
-    """One call of the net on so many rows; for each seated call, its own rows of what the net returns.
-
-    Empty rows are zeros: whatever a net is told about other rows (an index, a mask), zero is a safe thing to be told.
-    """
-    placed = sorted(seating.places.items(), key=lambda item: item[1])
-    first, _ = placed[0]
-    columns = [column_of(placed, k, seating.rows) for k in range(len(first.columns.batched))]
-    with torch.no_grad():
-        output = seating.net.run(**first.columns.arguments(columns))
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()  # a step is over when its rows are there: beats, cancels, timings mean what they say
-    return scatter(output, seating.rows, [slice(at, at + one.call.rows) for one, at in seating.places.items()])
-
-
-def column_of(placed: Sequence[tuple[Waiting, int]], k: int, rows: int) -> Tensor:
-    """The k-th batched argument of all calls, in one tensor of so many rows."""
-    parts, at = list[Tensor](), 0
-    for waiting, place in placed:
-        column = waiting.columns.batched[k]
-        if place > at:
-            parts.append(column.new_zeros(place - at, *column.shape[1:]))
-        parts.append(column)
-        at = place + waiting.call.rows
-    if rows > at:
-        parts.append(parts[-1].new_zeros(rows - at, *parts[-1].shape[1:]))
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-def scatter(output: Any, rows: int, parts: Sequence[slice]) -> list[Any]:
-    """Each part's rows of every tensor in `output`."""
-    leaves, spec = torch_pytree.tree_flatten(output)
-    for leaf in leaves:
-        if isinstance(leaf, Tensor) and (leaf.ndim == 0 or leaf.shape[0] != rows):
-            raise TypeError(f"a net returned a tensor of shape {tuple(leaf.shape)} for {rows} rows")
-    return [
-        torch_pytree.tree_unflatten([leaf[part] if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
-        for part in parts
-    ]

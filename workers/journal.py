@@ -30,12 +30,13 @@ from app import metrics
 from app.schemas import Parameters
 from app.storage import BlobStore, journal_folder, page_key
 from models.catalog import ModelCard
+from workers.passes import Fetched
 
 log = structlog.get_logger()
 
 DIGEST = 32  # bytes, in front of every page
 CODE = Path(__file__).parents[1]
-DRAWS = ("models/*.py", "workers/engine.py")  # the code that decides what a program asks of its nets
+DRAWS = ("models/*.py", "workers/engine.py", "workers/passes.py")  # the code that decides what nets are asked
 SAMPLES = 16  # values of each weight that stand for all of them
 
 Outputs = dict[int, Any]
@@ -43,7 +44,7 @@ Outputs = dict[int, Any]
 
 
 class Line(NamedTuple):
-    """What one call returned, on the CPU and no longer anybody else's."""
+    """What one call returned, no longer anybody else's; of its tensors what is on its way to the CPU."""
 
     number: int
     leaves: list[Any]
@@ -87,8 +88,8 @@ class Journal:
         if record.closed or record.written + record.held >= self.limit:
             return
         leaves, structure = torch_pytree.tree_flatten(outputs)
-        leaves = [leaf.to("cpu", copy=True) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        size = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor))
+        leaves = [Fetched(leaf, copy=True) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        size = sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Fetched))
         with self.lock:
             record.lines.append(Line(number, leaves, structure))
             record.held += size
@@ -163,11 +164,12 @@ def written(lines: list[Line], key: bytes) -> bytes:
     for number, leaves, structure in lines:
         kinds = list[Any]()
         for i, leaf in enumerate(leaves):
-            if not isinstance(leaf, Tensor):
+            if not isinstance(leaf, Fetched):
                 kinds.append(["value", leaf])
                 continue
-            rows = repeated_rows(leaf)
-            tensors[f"{number}.{i}"] = (leaf[:1] if rows else leaf).contiguous()
+            tensor = leaf.tensor()
+            rows = repeated_rows(tensor)
+            tensors[f"{number}.{i}"] = (tensor[:1] if rows else tensor).contiguous()
             kinds.append(["rows", rows])
         contents[number] = kinds, torch_pytree.treespec_dumps(structure)
     table = torch.frombuffer(bytearray(json.dumps(contents).encode()), dtype=torch.uint8)

@@ -24,10 +24,13 @@ from app.storage import open_store
 from models.catalog import Catalog, ModelCard
 from models.families import FAMILIES, Resident
 from models.loading import load_parts, load_pipeline
+from models.prepare import decided
 from workers.connection import OUTAGE, RedisAway, connect
+from workers.graphs import Graphs
 from workers.journal import Journal
 from workers.leases import Clock
 from workers.outcomes import ModelUnavailable
+from workers.passes import Eager
 from workers.reporter import Reporter
 from workers.residency import MIB, Residency
 from workers.studio import Studio
@@ -60,23 +63,30 @@ def serve(settings: Settings, connected: Callable[[], "Redis"]) -> None:
     """`connected` makes a connection for each thread that has something to say."""
     device = settings.device if settings.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(settings.torch_threads or torch.get_num_threads())  # before other threads ask for fewer
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(settings.data_dir.absolute() / "inductor"))  # outlives us
     catalog = Catalog.read(settings.models, settings.cards_dir)
     connection, reporter = connected(), Reporter(connected())
     blobs, clock = open_store(settings.blobs), Clock()
     sweeper, stopped = Sweeper(connected(), blobs, settings.result_ttl), threading.Event()
     threading.Thread(target=sweeper.run, args=(stopped,), name="sweeper", daemon=True).start()
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)  # its streams, events and graphs are those of this one
+    runner = Graphs() if device.startswith("cuda") and settings.graphs else Eager(torch.device(device))
     residency = Residency(
         catalog,
-        lambda card: resident(card, device),
+        lambda card: resident(decided(card, device, settings.dtype), device),
         settings.memory_mib or 0.8 * memory_mib(device),
         settings.pinned_models,
         settings.max_rows,
+        runner,
     )
     journal = None
     if settings.journal_interval:
         journal = Journal(blobs, torch.device(device), settings.journal_interval, settings.journal_mib * MIB)
     watchdog = Watchdog(settings.step_timeout, settings.lease)
-    studio = Studio(residency, blobs, journal, reporter, clock, settings.preview_size, watchdog, settings.overbooking)
+    studio = Studio(
+        residency, blobs, journal, reporter, clock, settings.preview_size, watchdog, settings.overbooking, runner
+    )
     worker = EngineWorker(
         catalog.names,
         studio=studio,
@@ -86,7 +96,7 @@ def serve(settings: Settings, connected: Callable[[], "Redis"]) -> None:
         max_attempts=settings.max_attempts,
         warm_bonus=settings.warm_bonus,
         stop_grace=settings.stop_grace,
-        device=torch.cuda.get_device_name() if device == "cuda" else device,
+        device=torch.cuda.get_device_name() if device.startswith("cuda") else device,
         name=f"{socket.gethostname()}.{os.getpid()}",
     )
     if settings.worker_port:

@@ -74,7 +74,7 @@ class Request:
 
 
 def width(curve: Mapping[int, float]) -> int:
-    """As `workers/curve.py` has it."""
+    """As `Curve.width` has it, of a curve without noise."""
     best = max(rows / seconds for rows, seconds in curve.items())
     return min(rows for rows, seconds in curve.items() if rows / seconds >= 0.95 * best)
 

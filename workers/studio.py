@@ -6,6 +6,7 @@ and leave, and takes outcomes.
 
 import hashlib
 import io
+import os
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -18,7 +19,6 @@ from typing import Any, TypeVar, cast
 import structlog
 from obstore.exceptions import BaseError as BlobStoreError
 from PIL import Image
-from torch import Tensor
 
 from app import metrics
 from app.images import encode, parameters_text
@@ -32,6 +32,7 @@ from workers.engine import Engine, Pass, Ticket
 from workers.journal import Journal, Outputs, Record
 from workers.leases import Clock
 from workers.outcomes import ModelUnavailable, NotFinite, NotStored
+from workers.passes import Fetched, Runner
 from workers.reporter import Reporter
 from workers.residency import Residency, Warm
 from workers.threads import beside_the_engine
@@ -40,6 +41,7 @@ from workers.watchdog import Watchdog
 
 log = structlog.get_logger()
 
+FILES = max(2, (os.cpu_count() or 2) // 2)  # threads that encode and store: a PNG of 512 × 512 takes one 40 ms
 REMEMBERED = 0.05  # weight of the newest measurement in a running average
 
 
@@ -57,7 +59,7 @@ class Drawing:
     stored: dict[int, Future[dict[str, Any]]] = field(default_factory=dict)
     step: int = 0
     first_step: float | None = None  # when it began, in seconds since the epoch, as all times here
-    drawn: float | None = None  # when the last pass ended
+    drawn: float | None = None  # when its latest pass ended
     encoding: float = 0.0  # seconds, of all its pictures
 
     @cached_property
@@ -108,13 +110,14 @@ class Studio:
         preview_size: int,
         watchdog: Watchdog,
         overbooking: float = 1.0,
+        runner: Runner | None = None,
     ):
         self.residency, self.blobs, self.journal = residency, blobs, journal
         self.reporter, self.clock, self.preview_size, self.watchdog = reporter, clock, preview_size, watchdog
         self.overbooking = overbooking
-        self.engine = Engine(self._observe, self._note)
+        self.engine = Engine(self._observe, self._note, runner=runner)
         self.drawings: dict[str, Drawing] = {}
-        self.files = ThreadPoolExecutor(2, thread_name_prefix="files", initializer=beside_the_engine)
+        self.files = ThreadPoolExecutor(FILES, thread_name_prefix="files", initializer=beside_the_engine)
         self.touched: set[Drawing] = set()
         self.of_ticket: dict[Ticket, Drawing] = {}
         self.speeds: dict[str, float] = {}  # rows a second, per model
@@ -257,20 +260,19 @@ class Studio:
             self.journal.note(drawing.records[drawing.tickets.index(ticket)], ticket.calls, outputs)
 
     def _drawn(self, ticket: Ticket) -> None:
-        drawing = self.of_ticket.pop(ticket)
+        drawing = self.of_ticket[ticket]
+        drawing.drawn = self.clock.time()  # or a little later: its last pass may be under way
         self.touched.add(drawing)
         index = drawing.tickets.index(ticket)
         if ticket.replayed:
             metrics.STEPS_SAVED.labels(drawing.parameters.model).inc(ticket.replayed)
             log.info("resumed", generation=drawing.id, step=ticket.resumed_at, passes_saved=ticket.replayed)
         if ticket.result is not None:
-            drawing.stored[index] = self.files.submit(self._store, drawing, index, ticket.result)
-        if all(t.done for t in drawing.tickets):
-            drawing.drawn = self.clock.time()
+            drawing.stored[index] = self.files.submit(self._store, drawing, index, Fetched(ticket.result))
 
-    def _store(self, drawing: Drawing, index: int, picture: Tensor) -> dict[str, Any]:
+    def _store(self, drawing: Drawing, index: int, fetched: Fetched) -> dict[str, Any]:
         """Encode and save one picture; what is kept of it in Redis."""
-        r, seed = drawing.parameters, drawing.parameters.seed + index
+        r, seed, picture = drawing.parameters, drawing.parameters.seed + index, fetched.tensor()
         if not picture.isfinite().all():
             raise NotFinite("the model returned pixels that are no numbers")
         pixels = (picture.movedim(-3, -1) * 255).round().byte().numpy()
@@ -330,12 +332,12 @@ class Studio:
 
     def _preview(self, drawing: Drawing, step: int, steps: int) -> None:
         for index, ticket in enumerate(drawing.tickets):
-            if ticket.estimate is not None and not ticket.done:
-                shown = self.files.submit(self._show, drawing, index, ticket.estimate, step, steps)
+            if ticket.estimate and (estimate := ticket.estimate()) is not None:
+                shown = self.files.submit(self._show, drawing, index, Fetched(estimate), step, steps)
                 shown.add_done_callback(log_failure)
 
-    def _show(self, drawing: Drawing, index: int, estimate: Tensor, step: int, steps: int) -> None:
-        picture = Image.fromarray(drawing.resident.colours.paint(estimate).numpy())
+    def _show(self, drawing: Drawing, index: int, fetched: Fetched, step: int, steps: int) -> None:
+        picture = Image.fromarray(drawing.resident.colours.paint(fetched.tensor()).numpy())
         r = drawing.parameters
         scale = min(1.0, self.preview_size / max(r.width, r.height))
         picture = picture.resize((round(r.width * scale), round(r.height * scale)), Image.Resampling.BICUBIC)
@@ -348,6 +350,8 @@ class Studio:
         metrics.STAGE.labels(done.net.name).observe(done.seconds)
         drawings = {self.of_ticket[t] for t in done.tickets if t in self.of_ticket}
         self.touched |= drawings
+        for drawing in drawings:
+            drawing.drawn = self.clock.time()
         if not drawings:
             return
         resident = next(iter(drawings)).resident

@@ -12,7 +12,7 @@ from app.auth import Owner, signed
 from app.errors import InvalidRequest, Leaving, TooManyListeners
 from app.jobs import Jobs
 from app.outbound import Forbidden, read_url
-from app.routes.generations import submitted, until_ended
+from app.routes.generations import polls, submitted, until_ended
 from app.schemas import Generation, GenerationRequest, Status, Task, Webhook
 from app.webhooks import Shape
 from models.catalog import ModelCard
@@ -96,10 +96,10 @@ class Desk(Counter):
             if not free:
                 raise TooManyListeners("this server has as many streams open as it may; ask again")
             whole = max(1, round(seconds))
-            return await until_ended(self.request, self.jobs, self.listeners, generation, self.owner, whole)
+            return await until_ended(self.request, generation, self.owner, whole)
 
     async def fetch(self, id: str) -> Generation:
-        return await run_in_threadpool(self.jobs.fetch, id, self.owner)
+        return await polls(self.request).fetch(id, self.owner)
 
     def card_for(self, task: Task) -> ModelCard:
         """The first model that does such a task; the default if none does, which will then say so."""

@@ -12,8 +12,9 @@ import anyio.to_thread
 import redis.exceptions
 import structlog
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
-from fastapi.concurrency import run_in_threadpool
+from fastapi.routing import APIRoute
 from fastapi.sse import EventSourceResponse, ServerSentEvent
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from app import events
 from app.auth import Owner
@@ -21,8 +22,8 @@ from app.errors import InvalidRequest, NotFound, TooManyListeners, UnsupportedMe
 from app.files import file_response
 from app.images import MEDIA_TYPES
 from app.jobs import Jobs, Record
+from app.polls import Polls
 from app.schemas import PICTURES, Generation, GenerationFilter, GenerationList, GenerationRequest
-from app.settings import Settings
 from app.storage import preview_key
 from app.webhooks import Shape
 
@@ -89,38 +90,46 @@ CONDITIONS = {  # read by `file_response`
 router = APIRouter(prefix="/v1/generations", tags=["generations"], responses=PROBLEMS)
 
 
-def jobs(request: Request) -> Jobs:
+# Dependencies are `async`, however short: for others FastAPI takes a thread each, half of what a submission cost. And
+# few: to find out what one needs is a fiftieth of it.
+
+
+async def jobs(request: Request) -> Jobs:
     return request.app.state.jobs
 
 
-def settings(request: Request) -> Settings:
-    return request.app.state.settings
+def polls(request: Request) -> Polls:
+    return request.app.state.polls
 
 
-def listeners(request: Request) -> events.Listeners:
+async def listeners(request: Request) -> events.Listeners:
     return request.app.state.listeners
 
 
-def json_only(request: Request) -> None:
+async def json_only(request: Request) -> None:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise UnsupportedMediaType(f"send application/json, not {kind or 'a body of no declared type'}")
 
 
-def each_once(request: Request) -> None:
+async def each_once(request: Request) -> None:
     """Of a name that comes twice in a query, FastAPI would take the last."""
     names = [name for name, _ in request.query_params.multi_items()]
     if twice := {name: "is there more than once" for name in names if names.count(name) > 1}:
         raise InvalidRequest([*twice.items()])
 
 
-def seconds_to_wait(
-    settings: Annotated[Settings, Depends(settings)],
+async def seconds_to_wait(
+    request: Request,
     prefer: Annotated[str | None, Header(description="`wait=10`: answer when it has ended, or in 10 seconds")] = None,
 ) -> int:
+    return preferred_wait(prefer, int(request.app.state.settings.max_wait.total_seconds()))
+
+
+def preferred_wait(prefer: str | None, most: int) -> int:
     """RFC 7240: what a client prefers, it does not demand; what we do not understand, we leave."""
     wanted = re.search(r"(?:^|[,;\s])wait\s*=\s*\"?(\d{1,6})", prefer or "")
-    return min(int(wanted.group(1)), int(settings.max_wait.total_seconds())) if wanted else 0
+    return min(int(wanted.group(1)), most) if wanted else 0
 
 
 JobsDep = Annotated[Jobs, Depends(jobs)]
@@ -149,8 +158,6 @@ async def create(
     body: GenerationRequest,
     request: Request,
     response: Response,
-    jobs: JobsDep,
-    listeners: ListenersDep,
     owner: Owner,
     wait: Annotated[int, Depends(seconds_to_wait)],
     idempotency_key: IdempotencyKey = None,
@@ -158,9 +165,9 @@ async def create(
     """Queue a generation."""
     generation, replayed = await submitted(request, body, owner, idempotency_key)
     if wait:
-        with listeners.place() as free:
+        with request.app.state.listeners.place() as free:
             if free:
-                generation = await until_ended(request, jobs, listeners, generation, owner, wait)
+                generation = await until_ended(request, generation, owner, wait)
                 response.headers["Preference-Applied"] = f"wait={wait}"
     if generation.status in events.ENDED:
         response.status_code = 200
@@ -180,11 +187,11 @@ async def submitted(
     shape: Shape = "darkroom",
     base: str = "",
 ) -> tuple[Generation, bool]:
-    """`Jobs.submit`, in a thread; who brings a picture waits for one of those that decode."""
-    brings_pictures = any(getattr(body, field) is not None for field in PICTURES)
-    threads = request.app.state.decoders if brings_pictures else None
-    submit = partial(jobs(request).submit, body, owner, idempotency_key, shape, base)
-    return await anyio.to_thread.run_sync(submit, limiter=threads)
+    """`Jobs.submit`, in the event loop; who brings a picture waits for one of the threads that decode."""
+    if all(getattr(body, field) is None for field in PICTURES):
+        return await polls(request).submit(body, owner, idempotency_key, shape, base)
+    submit = partial(request.app.state.jobs.submit, body, owner, idempotency_key, shape, base)
+    return await anyio.to_thread.run_sync(submit, limiter=request.app.state.decoders)
 
 
 @router.get("", operation_id="list_generations", dependencies=[Depends(each_once)])
@@ -199,11 +206,33 @@ def index(
     return page
 
 
-@router.get("/{id}", operation_id="get_generation", responses=MISSING)
-def show(id: Id, response: Response, jobs: JobsDep, owner: Owner) -> Generation:
+class Plain(APIRoute):
+    """FastAPI documents it, and has no part in answering: that would be a third of what a poll costs."""
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] in self.methods:
+            request = Request(scope, receive)
+            answer: ASGIApp = await self.endpoint(request.path_params["id"], request, request.state.owner)
+        else:
+            answer = super().handle
+        await answer(scope, receive, send)
+
+
+async def show(id: Id, request: Request, owner: Owner) -> Response:
     """A generation as it stands."""
-    response.headers["Cache-Control"] = "no-store"
-    return jobs.fetch(id, owner)
+    generation = await polls(request).fetch(id, owner)
+    return Response(generation.model_dump_json(), media_type="application/json", headers={"Cache-Control": "no-store"})
+
+
+router.add_api_route(
+    "/{id}",
+    show,
+    operation_id="get_generation",
+    response_model=Generation,
+    responses=MISSING,
+    methods=["GET"],
+    route_class_override=Plain,
+)
 
 
 @router.delete("/{id}", operation_id="cancel_generation", responses={**MISSING, 409: problem("It has ended already")})
@@ -212,9 +241,9 @@ def cancel(id: Id, jobs: JobsDep, owner: Owner) -> Generation:
     return jobs.cancel(id, owner)
 
 
-async def record(id: Id, jobs: JobsDep, owner: Owner) -> Record:
+async def record(id: Id, request: Request, owner: Owner) -> Record:
     """Raises what is to be raised before a stream has begun and can no longer say so."""
-    return await run_in_threadpool(jobs.record, id, owner)
+    return await polls(request).record(id, owner)
 
 
 async def place(listeners: ListenersDep) -> AsyncIterator[None]:
@@ -233,7 +262,7 @@ async def place(listeners: ListenersDep) -> AsyncIterator[None]:
 )
 async def watch(
     id: Id,
-    jobs: JobsDep,
+    request: Request,
     listeners: ListenersDep,
     owner: Owner,
     record: Annotated[Record, Depends(record)],
@@ -241,14 +270,14 @@ async def watch(
 ) -> AsyncIterator[ServerSentEvent]:
     """Progress and previews as server-sent events; the last one holds the generation."""
     if record.status in events.ENDED and (record.last is None or not newer(record.last.id, after)):
-        yield await ending(id, jobs, owner)
+        yield await ending(id, request, owner)
         return
     try:
         async for event in listeners.follow(id, after):
             if event is not None and event.name not in events.ENDED:
                 yield ServerSentEvent(data=event.data, event=event.name, id=event.id)
-            elif event is not None or (await run_in_threadpool(jobs.record, id, owner)).status in events.ENDED:
-                yield await ending(id, jobs, owner, event)
+            elif event is not None or (await polls(request).record(id, owner)).status in events.ENDED:
+                yield await ending(id, request, owner, event)
                 return
     except redis.exceptions.RedisError as error:  # no final event: the client comes back, and goes on where it was
         log.warning("stream_cut", generation=id, error=str(error))
@@ -258,8 +287,8 @@ def newer(event: str, than: str) -> bool:
     return [int(part) for part in event.split("-")] > [int(part) for part in than.split("-")]
 
 
-async def ending(id: str, jobs: Jobs, owner: str, event: events.Event | None = None) -> ServerSentEvent:
-    generation = await run_in_threadpool(jobs.fetch, id, owner)
+async def ending(id: str, request: Request, owner: str, event: events.Event | None = None) -> ServerSentEvent:
+    generation = await polls(request).fetch(id, owner)
     return ServerSentEvent(data=generation, event=generation.status, id=event.id if event else None)
 
 
@@ -301,22 +330,20 @@ def preview(id: Id, number: Number, step: Step, request: Request, jobs: JobsDep,
     )
 
 
-async def until_ended(
-    request: Request, jobs: Jobs, listeners: events.Listeners, generation: Generation, owner: str, seconds: int
-) -> Generation:
+async def until_ended(request: Request, generation: Generation, owner: str, seconds: int) -> Generation:
     """The generation when it has ended, or as it stands when the time is up, the client has gone or we have to go."""
     id = generation.id
 
     async def listen() -> None:
-        async for event in listeners.follow(id):
-            ended = event is None and (await run_in_threadpool(jobs.record, id, owner)).status in events.ENDED
+        async for event in request.app.state.listeners.follow(id):
+            ended = event is None and (await polls(request).record(id, owner)).status in events.ENDED
             if ended or await request.is_disconnected():
                 return
 
     try:
         with suppress(TimeoutError):
             await asyncio.wait_for(listen(), seconds)
-        return await run_in_threadpool(jobs.fetch, id, owner)
+        return await polls(request).fetch(id, owner)
     except redis.exceptions.RedisError as error:  # it was accepted, and stays so
         log.warning("wait_cut", generation=id, error=str(error))
         return generation

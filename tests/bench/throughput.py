@@ -2,35 +2,48 @@
 
 import statistics
 import time
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
 
 import httpx2
 from prometheus_client.parser import text_string_to_metric_families
 
 from app.local import LocalService
 from app.settings import Settings
+from bench.ceilings import pass_seconds
 from models.catalog import Catalog
 from models.loading import load_pipeline
+from models.prepare import decided
 from models.program import generator
 
 STEPS, GUIDANCE = 20, 3.0
 PROMPT = "a small rocket in the top left corner on a dark blue background, twemoji style"
-IN_FLIGHT = {1: 5, 4: 12, 8: 24, 16: 32}  # how many at once, of how many in all
+IN_FLIGHT = {1: 5, 4: 16, 8: 48, 16: 64}  # how many at once, of how many in all: at the end fewer are in flight
 ROUNDS = 3
 
 
 def run(service: LocalService) -> None:
-    pipeline = load_pipeline(Catalog.read(Settings().models).default, "cpu")
+    card = Catalog.read(Settings().models).default
+    pipeline, ours = (load_pipeline(one, "cpu") for one in (card, decided(card, "cpu")))
     http = httpx2.Client(base_url=service.url, timeout=120)
     curve = pass_seconds(http)
-    stock_loop(pipeline, 1)
+    for one in (pipeline, ours):
+        stock_loop(one, 1)
     rates: dict[int, list[float]] = {n: [] for n in IN_FLIGHT}
     ratios: dict[int, list[float]] = {n: [] for n in IN_FLIGHT}
     loops: list[float] = []
+    as_ours: list[float] = []
+    shares: dict[int, Shares] = {n: Shares() for n in IN_FLIGHT}
     for i in range(ROUNDS):
+        as_ours.append(stock_loop(ours, 5))
         loops.append(before := stock_loop(pipeline, 5))
         for n, count in IN_FLIGHT.items():
+            began = Spent.of(http)
             rate = through_service(http, n, count)
+            shares[n].add(count / rate, Spent.of(http) - began, curve)
             loops.append(after := stock_loop(pipeline, 2))
             rates[n].append(rate)
             ratios[n].append(rate / ((before + after) / 2))
@@ -39,15 +52,70 @@ def run(service: LocalService) -> None:
                 f"  round {i + 1} of {ROUNDS}: {n:2} in flight {rate:.2f} images/s, {ratios[n][-1]:.2f} × the loop",
                 flush=True,
             )
-    print(f"\nstock pipeline in a loop: {statistics.median(loops):.2f} images/s ({STEPS} steps, guidance {GUIDANCE})")
+    print(f"\nstock pipeline in a loop, as it is loaded: {statistics.median(loops):.2f} images/s in float32")
+    print(f"and in the precision of the service, {ours.dtype}: {statistics.median(as_ours):.2f}")
+    print(f"{STEPS} steps, guidance {GUIDANCE}")
     print("| in flight | images/s | × the stock loop | of the curve's ideal |\n|---|---|---|---|")
     for n in IN_FLIGHT:
         rate, ratio, best = statistics.median(rates[n]), statistics.median(ratios[n]), ideal(curve, n)
         spread = f"{min(ratios[n]):.2f} to {max(ratios[n]):.2f}"
         print(f"| {n} | {rate:.2f} | {ratio:.2f} ({spread}) | {rate / best:.0%} |")
+    print("\n| in flight | denoising | decoding | text | between passes | rows a pass | a pass, × at warm-up |")
+    print("|---|---|---|---|---|---|---|")
+    for n, share in shares.items():
+        print(f"| {n} | {share.line()} |")
 
 
-def stock_loop(pipeline, count: int) -> float:
+@dataclass
+class Spent:
+    """What a worker has done so far: seconds of passes, and how many passes of so many rows."""
+
+    seconds: dict[str, float]
+    rows: Counter[int]
+
+    @classmethod
+    def of(cls, http: httpx2.Client) -> "Spent":
+        seconds, up_to = defaultdict[str, float](float), Counter[int]()
+        for family in text_string_to_metric_families(http.get("/metrics").text):
+            for sample in family.samples:
+                if sample.name == "darkroom_stage_duration_seconds_sum":
+                    seconds[sample.labels["stage"]] += sample.value
+                if sample.name == "darkroom_batch_rows_bucket" and sample.labels["le"] != "+Inf":
+                    up_to[int(float(sample.labels["le"]))] += int(sample.value)
+        rows = Counter({n: up_to[n] - up_to[below] for below, n in pairwise([0, *sorted(up_to)])})
+        return cls(seconds, rows)
+
+    def __sub__(self, before: "Spent") -> "Spent":
+        since = {stage: seconds - before.seconds.get(stage, 0) for stage, seconds in self.seconds.items()}
+        return Spent(since, self.rows - before.rows)
+
+
+@dataclass
+class Shares:
+    """Where the seconds went in which so many were in flight."""
+
+    wall: float = 0.0
+    expected: float = 0.0  # of denoising, had each pass taken what it took at warm-up
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict[str, float](float))
+    rows: Counter[int] = field(default_factory=Counter[int])
+
+    def add(self, wall: float, spent: Spent, curve: dict[str, dict[int, float]]) -> None:
+        self.wall += wall
+        for stage, seconds in spent.seconds.items():
+            self.seconds[stage] += seconds
+        self.rows += spent.rows
+        for rows, passes in spent.rows.items():
+            self.expected += passes * curve["denoise"][min(width for width in curve["denoise"] if width >= rows)]
+
+    def line(self) -> str:
+        denoising, decoding, text = (self.seconds[net] for net in ("denoise", "decode", "encode_text"))
+        between = self.wall - denoising - decoding - text
+        shares = " | ".join(f"{seconds / self.wall:.0%}" for seconds in (denoising, decoding, text, between))
+        a_pass = sum(rows * passes for rows, passes in self.rows.items()) / self.rows.total()
+        return f"{shares} | {a_pass:.1f} | {denoising / self.expected:.2f}"
+
+
+def stock_loop(pipeline: Any, count: int) -> float:
     began = time.perf_counter()
     for seed in range(count):
         pipeline(
@@ -67,16 +135,6 @@ def through_service(http: httpx2.Client, in_flight: int, count: int) -> float:
         began = time.perf_counter()
         list(clients.map(one, range(count)))
         return count / (time.perf_counter() - began)
-
-
-def pass_seconds(http: httpx2.Client) -> dict[str, dict[int, float]]:
-    """{net: {rows: seconds}} as the worker measured at warm-up."""
-    curves: dict[str, dict[int, float]] = {}
-    for family in text_string_to_metric_families(http.get("/metrics").text):
-        if family.name == "darkroom_pass_seconds":
-            for sample in family.samples:
-                curves.setdefault(sample.labels["net"], {})[int(sample.labels["rows"])] = sample.value
-    return curves
 
 
 def ideal(curves: dict[str, dict[int, float]], in_flight: int) -> float:

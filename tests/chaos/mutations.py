@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
-from app import jobs
+from app import jobs, scripts
 
 
 def lease() -> None:
@@ -51,7 +51,7 @@ def cancel() -> None:
 
 def idempotency() -> None:
     """A request that is sent again is drawn again."""
-    rewrite(jobs.Token, "answered", "if known is None:", "if True:")
+    jobs.SUBMIT = scripts.Script(replaced(jobs.SUBMIT.text, "if known then", "if false then"))
 
 
 def takeover() -> None:

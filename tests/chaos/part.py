@@ -34,8 +34,8 @@ def start_quickly() -> None:
     """One row count instead of a measured curve: workers are started a hundred times, on as good as no cores."""
     from workers import curve
 
-    def measured(net: Any, call: Any, max_rows: int) -> curve.Curve:
-        return curve.Curve({4 * call.rows: curve.timed(net, curve.tiled(call, 4 * call.rows))})
+    def measured(net: Any, call: Any, max_rows: int, runner: Any) -> curve.Curve:
+        return curve.Curve({4 * call.rows: curve.timed(net, curve.tiled(call, 4 * call.rows), runner)})
 
     curve.measure = measured
 

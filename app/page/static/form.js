@@ -12,16 +12,20 @@ const SCHEDULERS = {
   ddpm: "DDPM",
   euler: "Euler",
   euler_a: "Euler ancestral",
+  euler_trailing: "Euler, trailing",
   heun: "Heun",
   deis: "DEIS",
   unipc: "UniPC",
   pndm: "PNDM",
+  lcm: "LCM",
+  tcd: "TCD",
 };
 
 const GUIDES = {
   clip: { label: "CLIP guidance", help: "How hard CLIP pulls to the prompt.", max: 10, step: 0.1 },
   classifier: { label: "Classifier guidance", help: "How hard a classifier pulls to the class.", max: 10, step: 0.1 },
   rescale: { label: "Rescale", help: "How much of the contrast that guidance adds is taken back.", max: 1, step: 0.05 },
+  every: { label: "Guidance every … steps", help: "The steps between use what it added last.", max: 10, step: 1 },
   dynamic_threshold: { label: "Dynamic threshold", help: "Values kept unclipped, such as 0.995.", max: 1, step: 0.005 },
 };
 
