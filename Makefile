@@ -41,8 +41,19 @@ check: setup
 	@.venv/bin/ruff check .
 	@.venv/bin/basedpyright
 
-bench: setup
+# The second half runs other servers, in an environment of their own: half an hour. `make bench ARGS=--short`: some minutes.
+bench: setup peers
 	@.venv/bin/python -m tests.bench
+	@.venv/bin/python -m bench $(or $(ARGS),--minutes 30)
+
+peers: .venv-peers/.done
+
+.venv-peers/.done: .venv/.done bench/peers/requirements.txt
+	@$(PYTHON) -m venv .venv-peers
+	@.venv/bin/uv pip install -q --no-deps --python .venv-peers/bin/python -r bench/peers/requirements.txt
+	@.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		>$$(.venv-peers/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/ours.pth # torch, diffusers
+	@touch $@
 
 # The long form takes about a quarter of an hour; `make chaos SHORT=1 SEED=7 MUTATE=lease` are its options.
 chaos: setup
@@ -55,4 +66,4 @@ lock:
 	@.venv/bin/uv pip compile -q --python-version 3.11 $(TORCH_FROM) --generate-hashes --no-emit-package torch --no-emit-package triton \
 		--no-header -c torch.txt --extra worker --extra language --extra embedded --group test -o requirements.lock pyproject.toml
 
-.PHONY: setup demo up test check bench chaos soak lock
+.PHONY: setup demo up test check bench peers chaos soak lock
