@@ -93,7 +93,9 @@ def test_the_small_picture_is_that_of_a_plain_loop_over_diffusers(threshold: flo
     model = small_model()
     given = {} if threshold is None else {"dynamic_threshold": threshold}
     r = asked(guidance_scale=4.0, guidance=given, seed=3)
-    assert (small_pictures(model, r)[0] - plainly(model, r)).abs().max() < 1e-5
+    assert (
+        small_pictures(model, r)[0] - plainly(model, r)
+    ).abs().max() < 5e-5  # products are summed in an order of the processor's
 
 
 def small_pictures(model: Cascade, *requests: Parameters) -> list[Tensor]:

