@@ -292,8 +292,11 @@ class Lab:
     def audit(self, ids: list[str], results: Collection[tuple[str, ...]] = (("SUCCESSFUL",),)) -> None:
         """Each has succeeded exactly once, and nothing is left of any."""
         assert self.count(ids) == {"succeeded": len(ids)}
-        assert {tuple(self.results(id)) for id in ids} <= set(results)
         until(lambda: not self.left(), 10, lambda: f"left over: {self.left()}")
+        # RQ writes its result a moment after the end
+        until(
+            lambda: {tuple(self.results(id)) for id in ids} <= set(results), 10, lambda: "results are not as expected"
+        )
 
     def close(self) -> None:
         for process in self.workers:
