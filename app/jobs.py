@@ -263,8 +263,6 @@ class Jobs:
     def _pictures(self, request: GenerationRequest) -> dict[str, bytes]:
         """The request's pictures, checked, upright, in eight bits, as PNG."""
         given = {field: data for field in PICTURES if (data := getattr(request, field)) is not None}
-        if not given:
-            return {}
         limit, pictures = self.settings.max_image_pixels, dict[str, bytes]()
         with self.decoding:
             for field, data in given.items():

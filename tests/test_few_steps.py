@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderTiny, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from PIL import Image
 
+from app.schemas import Parameters
 from models import samplers
 from models.catalog import Catalog, Folder, ModelCard
 from models.loading import load_parts, load_pipeline
@@ -77,17 +78,20 @@ def test_a_denoiser_that_guides_itself_has_one_row_and_is_told_how_much(guides_i
     assert not torch.equal(alone(guides_itself, weak), alone(guides_itself, strong))
 
 
+def assert_same_in_a_crowd(model: StableDiffusion, requests: list[Parameters]) -> None:
+    engine = Engine()
+    tickets = [engine.submit(model.draw(r, r.seed, NOTHING)) for r in requests]
+    run_out(engine, *tickets)
+    for r, ticket in zip(requests, tickets, strict=True):
+        assert ticket.result is not None
+        assert (ticket.result - alone(model, r)).abs().max() <= FROM_STOCK
+
+
 def test_in_a_crowd_each_is_told_its_own_guidance_scale(guides_itself: StableDiffusion):
     requests = [
         asked(scheduler="lcm", guidance_scale=scale, seed=i, **SMALL) for i, scale in enumerate((1.0, 4.0, 8.0))
     ]
-    engine = Engine()
-    tickets = [engine.submit(guides_itself.draw(r, r.seed, NOTHING)) for r in requests]
-    while engine:
-        engine.step()
-    for r, ticket in zip(requests, tickets, strict=True):
-        assert ticket.result is not None
-        assert (ticket.result - alone(guides_itself, r)).abs().max() <= FROM_STOCK
+    assert_same_in_a_crowd(guides_itself, requests)
 
 
 @pytest.mark.parametrize("given", [{}, {"rescale": 0.7}], ids=["plain", "rescaled"])
@@ -115,13 +119,7 @@ def test_guidance_is_used_again_within_its_interval_only(small: StableDiffusion)
 def test_whoever_uses_guidance_again_draws_the_same_in_a_crowd(small: StableDiffusion):
     requests = [asked(guidance_scale=5.0, guidance={"every": n}, seed=n, **SMALL) for n in (1, 2, 3)]
     requests += [asked(guidance_scale=5.0, seed=9, **SMALL)]
-    engine = Engine()
-    tickets = [engine.submit(small.draw(r, r.seed, NOTHING)) for r in requests]
-    while engine:
-        engine.step()
-    for r, ticket in zip(requests, tickets, strict=True):
-        assert ticket.result is not None
-        assert (ticket.result - alone(small, r)).abs().max() <= FROM_STOCK
+    assert_same_in_a_crowd(small, requests)
 
 
 def test_whoever_uses_guidance_again_is_taken_over_towards_the_same_bytes(small: StableDiffusion):
