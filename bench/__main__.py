@@ -167,12 +167,12 @@ def undisturbed(systems: dict[str, System], name: str) -> Iterator[None]:
     """The peers that do not take part are frozen: some compute while they wait."""
     others = [system for system in systems.values() if isinstance(system, Peer) and system.name != name]
     for system in others:
-        os.killpg(system.process.pid, signal.SIGSTOP)
+        system.send(signal.SIGSTOP)
     try:
         yield
     finally:
         for system in others:
-            os.killpg(system.process.pid, signal.SIGCONT)
+            system.send(signal.SIGCONT)
 
 
 @contextmanager

@@ -86,16 +86,23 @@ class Peer:
             self.process = spawn([python(), "-m", PEERS[library]], environment, output=log)
         self.url = f"http://127.0.0.1:{port}"
 
+    def send(self, number: signal.Signals) -> bool:
+        """To all processes of its session: LitServe's workers outlive their parent, Ray's lead groups of their own."""
+        self.process.poll()  # or it stays as a zombie
+        found = False
+        for pid in (int(path.name) for path in Path("/proc").glob("[0-9]*")):
+            with suppress(ProcessLookupError):
+                if os.getsid(pid) == self.process.pid:
+                    os.kill(pid, number)
+                    found = True
+        return found
+
     def stop(self) -> None:
-        """The group and not only the process: LitServe's workers outlive their parent."""
+        self.send(signal.SIGCONT)
         for number, seconds in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 10.0)):
             deadline = time.monotonic() + seconds
-            with suppress(ProcessLookupError):
-                os.killpg(self.process.pid, number)
-                while time.monotonic() < deadline:
-                    self.process.poll()  # or it stays as a zombie, in its group
-                    os.killpg(self.process.pid, 0)
-                    time.sleep(0.05)
+            while self.send(number) and time.monotonic() < deadline:
+                time.sleep(0.1)
 
 
 def asked_of(name: str, plan: Plan) -> tuple[str, Plan]:

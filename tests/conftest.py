@@ -45,7 +45,7 @@ def connection(valkey: EmbeddedRedis) -> Iterator["Redis"]:
 
 def local_settings(data_dir: Path, **given: Any) -> Settings:
     """Workers that warm up with few rows: a pass of 28 takes a core a second, and each worker tries it four times."""
-    brief = {"port": 0, "log_level": "warning", "log_format": "json", "max_rows": 8}
+    brief = {"port": 0, "log_level": "warning", "log_format": "json", "max_rows": 4}
     return Settings(data_dir=data_dir, **(brief | given))
 
 

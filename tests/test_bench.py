@@ -11,7 +11,7 @@ import pytest
 
 from bench import __main__ as bench
 from bench import report
-from bench.mixes import MIXES, Model, arrivals, requests
+from bench.mixes import MIXES, Kind, Model, arrivals, requests
 from bench.peers.plan import Plan
 from bench.systems import ask, asked_of
 
@@ -94,6 +94,7 @@ def test_systems_are_compared_by_the_same_pictures(
 ):
     monkeypatch.setattr(bench, "RESULTS", tmp_path)
     monkeypatch.setattr(bench, "ALONE", 1)
+    monkeypatch.setitem(MIXES, "d", [Kind(0.5, 4), Kind(0.5, 4, guided=False)])
     monkeypatch.setenv("DARKROOM_MAX_ROWS", "4")  # tried at warm-up
     words = "--systems darkroom,fastapi+net --mixes d --loads 0.8 --seeds 1 --minutes 0.2 --batch 2 --threads 1"
     assert bench.main([*words.split(), "--name", "small"]) == 0

@@ -40,7 +40,7 @@ FLAGS = [
 KEY = "a key of the tests"
 QUICK = {"width": 64, "height": 64, "num_inference_steps": 6}
 
-expect.set_options(timeout=20_000)  # of a busy machine
+expect.set_options(timeout=60_000)  # of a busy machine
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
 
@@ -90,7 +90,7 @@ def context(browser: Browser, service: LocalService) -> Iterator[BrowserContext]
     with Redis.from_url(service.redis_url) as redis:
         redis.delete(index_key("everybody"), index_key("ada"))
     context = browser.new_context(base_url=service.url, accept_downloads=True)
-    context.set_default_timeout(20_000)
+    context.set_default_timeout(60_000)
     context.grant_permissions(["clipboard-read", "clipboard-write"])
     draft = f"localStorage['darkroom.draft'] ??= JSON.stringify({json.dumps(QUICK)})"
     context.add_init_script(f"if (location.protocol === 'http:') {draft}")
@@ -229,6 +229,17 @@ def test_an_error_is_told_at_its_field(page: Page):
     page.get_by_label("Width").fill("64")
     page.get_by_label("Width").blur()
     expect(page.get_by_role("alert")).to_have_count(0)
+
+
+def test_a_number_half_typed_stays_when_the_page_is_drawn_again(page: Page, http: httpx2.Client):
+    page.get_by_label("Prompt").fill("a dog")
+    guidance = page.get_by_label("Guidance, exactly", exact=True)
+    guidance.fill("6")
+    http.post("/v1/generations", json={"prompt": "a cat"} | QUICK)
+    page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+    expect(page.get_by_role("button", name="a cat")).to_be_visible()
+    expect(guidance).to_have_value("6")
+    assert sent(page, lambda: guidance.press("Control+Enter"))["guidance_scale"] == 6
 
 
 def test_the_form_is_what_the_model_can_do(page: Page):

@@ -26,7 +26,7 @@ class Reporter:
 
     def __init__(self, connection: "Redis"):
         self.connection = connection
-        self.reports: queue.SimpleQueue[Report | None] = queue.SimpleQueue()
+        self.reports: queue.SimpleQueue[Report | threading.Event | None] = queue.SimpleQueue()
         self.thread = threading.Thread(target=self._run, name="reporter", daemon=True)
         self.thread.start()
 
@@ -35,24 +35,32 @@ class Reporter:
     ) -> None:
         self.reports.put(Report(generation, name, data or {}, ttl))
 
+    def catch_up(self, seconds: float = 1.0) -> None:
+        """Wait until all that was reported before is written, or lost; no longer than this, and Redis may be away."""
+        sent = threading.Event()
+        self.reports.put(sent)
+        sent.wait(seconds)
+
     def close(self) -> None:
         """Send what there is, and end."""
         self.reports.put(None)
         self.thread.join(timeout=5)
 
     def _run(self) -> None:
-        while (first := self.reports.get()) is not None:
-            batch, last = [first], False
+        last = False
+        while not last:
+            came = [self.reports.get()]
             while not self.reports.empty():
-                if (report := self.reports.get()) is None:
-                    last = True
-                    break
-                batch.append(report)
-            self._send(newest(batch))
-            if last:
-                return
+                came.append(self.reports.get())
+            self._send(newest([report for report in came if isinstance(report, Report)]))
+            for waiter in came:
+                if isinstance(waiter, threading.Event):
+                    waiter.set()
+            last = None in came
 
     def _send(self, batch: list[Report]) -> None:
+        if not batch:
+            return
         try:
             with self.connection.pipeline(transaction=False) as pipe:
                 for report in batch:

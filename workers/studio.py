@@ -189,9 +189,12 @@ class Studio:
             self._report()
         else:
             self._await_files()
-        return {
+        ended = {
             drawing.id: outcome for drawing in self.drawings.values() if (outcome := self._outcome(drawing)) is not None
         }
+        if ended:
+            self.reporter.catch_up()  # whoever listens hears of the last step before the end
+        return ended
 
     def paces(self) -> dict[str, tuple[float, float]]:
         """For each warm model: rows a second through the denoiser, and what a job costs in rows."""

@@ -1,6 +1,7 @@
 """Ray Serve, whose `@serve.batch` gathers batches."""
 
 import asyncio
+import os
 import signal
 
 from ray import serve
@@ -11,6 +12,7 @@ from bench.peers.drawing import drawing
 from bench.peers.plan import Plan
 
 PLAN = Plan.read()
+os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))  # or Ray lets an actor have one thread
 
 
 @serve.deployment(max_ongoing_requests=1000, ray_actor_options={"num_cpus": 0})

@@ -238,17 +238,26 @@ function Check({ field, label, error, value, onValue }) {
 
 const numberIn = (text) => (text.trim() === "" || Number.isNaN(Number(text)) ? null : Number(text));
 
+/** It shows what is typed until it is left: the page is drawn again in the middle, as at each step of a picture. */
+function NumberBox({ value, onValue, ...control }) {
+  const [typed, setTyped] = useState(null);
+  const read = ({ target }) => {
+    setTyped(target.value);
+    onValue(numberIn(target.value));
+  };
+  return html`<input ...${control} type="number" value=${typed ?? value ?? ""} onInput=${read}
+    onBlur=${() => setTyped(null)} />`;
+}
+
 function Numeric({ value, onValue, min, max, step = 1, ...field }) {
-  return html`<${Field} ...${field}>${(control) => html`<input ...${control} type="number" inputmode="numeric"
-    min=${min} max=${max} step=${step} value=${value}
-    onChange=${(event) => onValue(numberIn(event.target.value))} />`}</${Field}>`;
+  return html`<${Field} ...${field}>${(control) => html`<${NumberBox} ...${control} inputmode="numeric"
+    min=${min} max=${max} step=${step} value=${value} onValue=${onValue} />`}</${Field}>`;
 }
 
 /** A slider for hands and a number for those who know which. */
 function Slider({ value, onValue, min, max, step, ...field }) {
-  const exact = html`<input class="exact" type="number" inputmode="decimal" aria-label="${field.label}, exactly"
-    min=${min} max=${max} step=${step} value=${value}
-    onChange=${(event) => onValue(numberIn(event.target.value))} />`;
+  const exact = html`<${NumberBox} class="exact" inputmode="decimal" aria-label="${field.label}, exactly"
+    min=${min} max=${max} step=${step} value=${value} onValue=${onValue} />`;
   const filled = `${((value - min) / (max - min)) * 100}%`;
   return html`<${Field} ...${field} aside=${exact}>${(control) => html`<input ...${control} type="range" min=${min}
     max=${max} step=${step} value=${value}
@@ -266,11 +275,11 @@ function Size({ model, draft, errors, onDraft }) {
     return { width: fit(across * scale), height: fit(down * scale) };
   };
   const now = { width: draft.width ?? size.width, height: draft.height ?? size.height };
-  const side = (field) => html`<input id=${idOf(field)} type="number" aria-label=${labelOf(field)} min=${size.minimum}
+  const side = (field) => html`<${NumberBox} id=${idOf(field)} aria-label=${labelOf(field)} min=${size.minimum}
     max=${size.maximum} step=${size.multiple_of}
     value=${now[field]} aria-invalid=${errors[field] ? "true" : null}
       aria-describedby=${errors[field] ? `${idOf(field)}-error` : null}
-    onChange=${(event) => onDraft({ ...draft, [field]: numberIn(event.target.value) })} />`;
+    onValue=${(pixels) => onDraft({ ...draft, [field]: pixels })} />`;
   return html`<fieldset class="field size"><legend class="unseen">Size</legend>
     <div class="label-row"><span class="label" aria-hidden="true">Size</span>
       <div class="sides">${side("width")}<span aria-hidden="true">×</span>${side("height")}</div></div>
@@ -291,9 +300,8 @@ function Seed({ value, onValue, ...field }) {
   const lock = html`<button type="button" class="lock ${locked ? "on" : ""}" aria-pressed=${locked ? "true" : "false"}
     onClick=${() => onValue(locked ? null : Math.floor(Math.random() * 2 ** 32))}>
       <${Icon} name=${locked ? "lock" : "unlock"} />${locked ? "Locked" : "Random"}</button>`;
-  return html`<${Field} ...${field} aside=${lock}>${(control) => html`<input ...${control} type="number"
-    inputmode="numeric" min="0" value=${value ?? ""}
-    placeholder="a new one each time" onInput=${(event) => onValue(numberIn(event.target.value))} />`}</${Field}>`;
+  return html`<${Field} ...${field} aside=${lock}>${(control) => html`<${NumberBox} ...${control}
+    inputmode="numeric" min="0" value=${value} onValue=${onValue} placeholder="a new one each time" />`}</${Field}>`;
 }
 
 function Interval({ value, error, onValue }) {
@@ -301,11 +309,11 @@ function Interval({ value, error, onValue }) {
   const set = (a, b) => onValue(a === 0 && b === 1 ? null : [a, b]);
   return html`<fieldset class="field" id="f-guidance-interval"><legend class="label">Guided part of the steps</legend>
     <div class="sides">
-      <input type="number" aria-label="From" min="0" max="1" step="0.05" value=${from}
-        onChange=${(event) => set(numberIn(event.target.value) ?? 0, to)} />
+      <${NumberBox} aria-label="From" min="0" max="1" step="0.05" value=${from}
+        onValue=${(start) => set(start ?? 0, to)} />
       <span aria-hidden="true">to</span>
-      <input type="number" aria-label="To" min="0" max="1" step="0.05" value=${to}
-        onChange=${(event) => set(from, numberIn(event.target.value) ?? 1)} />
+      <${NumberBox} aria-label="To" min="0" max="1" step="0.05" value=${to}
+        onValue=${(end) => set(from, end ?? 1)} />
     </div>
     ${error && html`<p class="error">${error}</p>`}
   </fieldset>`;
