@@ -256,5 +256,5 @@ HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     not HUGE_PAGES.exists() or "[never]" in HUGE_PAGES.read_text(), reason="this kernel gives nobody huge pages"
 )
 def test_a_workers_tensors_lie_in_huge_pages(service: LocalService):
-    lines = Path(f"/proc/{service.parts['worker-1'].process.pid}/smaps").read_text().splitlines()
+    lines = Path(f"/proc/{service.parts['worker 1'].process.pid}/smaps").read_text().splitlines()
     assert sum(int(line.split()[1]) for line in lines if line.startswith("AnonHugePages")) > 2048

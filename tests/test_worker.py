@@ -125,7 +125,7 @@ def test_a_worker_that_died_in_rqs_upkeep_does_not_keep_others_from_it(lab: Lab)
 def test_a_worker_that_wakes_up_does_not_finish_what_was_taken_over(lab: Lab):
     asleep = lab.worker(name="asleep")
     ids = lab.put(8, steps=50)
-    lab.wait_running(8)
+    until(lambda: set(lab.runs(ids).values()) == {1})  # not only claimed
     freeze(asleep)
     lab.worker(name="awake")
     until(lambda: set(lab.runs(ids).values()) == {2})
