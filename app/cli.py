@@ -97,7 +97,6 @@ def worker(last_words: Annotated[Path | None, typer.Option(hidden=True)] = None)
     from app import logs
 
     logs.set_up(settings)
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages for tensors; torch asks at its first allocation
     from workers.main import run
 
     run(settings, redis_url, last_words)

@@ -247,14 +247,3 @@ def test_bytes_never_go_through_redis(service: LocalService, tmp_path: Path):
             dumped = redis.dump(key) or b""
             assert b"PNG" not in dumped
             assert len(dumped) < 20_000
-
-
-HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-
-
-@pytest.mark.skipif(
-    not HUGE_PAGES.exists() or "[never]" in HUGE_PAGES.read_text(), reason="this kernel gives nobody huge pages"
-)
-def test_a_workers_tensors_lie_in_huge_pages(service: LocalService):
-    lines = Path(f"/proc/{service.parts['worker 1'].process.pid}/smaps").read_text().splitlines()
-    assert sum(int(line.split()[1]) for line in lines if line.startswith("AnonHugePages")) > 2048
