@@ -86,8 +86,12 @@ class Peer:
             self.process = spawn([python(), "-m", PEERS[library]], environment, output=log)
         self.url = f"http://127.0.0.1:{port}"
 
-    def send(self, number: signal.Signals) -> bool:
-        """To all processes of its session: LitServe's workers outlive their parent, Ray's lead groups of their own."""
+    def send(self, number: int) -> bool:
+        """A signal to all of its session: LitServe's workers outlive their parent, Ray's lead groups of their own.
+
+        Returns:
+            whether there was any; a signal of 0 only asks.
+        """
         self.process.poll()  # or it stays as a zombie
         found = False
         for pid in (int(path.name) for path in Path("/proc").glob("[0-9]*")):
@@ -100,8 +104,9 @@ class Peer:
     def stop(self) -> None:
         self.send(signal.SIGCONT)
         for number, seconds in ((signal.SIGTERM, 5.0), (signal.SIGKILL, 10.0)):
+            self.send(number)
             deadline = time.monotonic() + seconds
-            while self.send(number) and time.monotonic() < deadline:
+            while self.send(0) and time.monotonic() < deadline:
                 time.sleep(0.1)
 
 
