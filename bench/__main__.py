@@ -127,6 +127,7 @@ class Bench:
         """Closed loop, with twice the largest batch in flight, over the same requests for all."""
         asked = requests(mix, self.model, count, seed)
         point = self.loaded(name, asked, None, self.in_flight) | {"mix": mix, "load": SATURATED, "seed": seed}
+        point["in_flight"] = self.in_flight
         self.results["points"].append(point)
         found = [point for point in self.results["points"] if (point["system"], point["mix"]) == (name, mix)]
         self.saturations[name, mix] = median(map(report.rate, found))
@@ -138,7 +139,7 @@ class Bench:
         most, given = self.in_flight, self.given
         tried = self.loaded(self.valid[0], requests(mix, self.model, most, seed=0), None, most)
         seconds = 60 * given.minutes / 3 / len(self.valid) / len(given.mixes) / len(self.results["seeds"])
-        return max(most, int(report.rate(tried) * seconds))
+        return max(3 * most, int(report.rate(tried) * seconds))
 
     def point(self, name: str, mix: str, load: str, seed: int, seconds: float) -> None:
         saturation = self.saturations[name, mix]

@@ -1,5 +1,6 @@
 """What points come to: tables, curves, and how much more goes through at the same p99."""
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,9 +27,26 @@ def previews(point: Point) -> list[float]:
 
 
 def rate(point: Point) -> float:
-    """Pictures a second, from the first request to the last picture."""
+    """Pictures a second: of an open loop from the first request to the last picture."""
     done = [one for one in point["sent"] if one["status"] == 200]
+    if len(done) > 2 * (in_flight := point.get("in_flight", math.inf)):
+        return steadily([one["ended"] for one in done], in_flight)
     return len(done) / (max(one["ended"] for one in done) - min(one["due"] for one in done)) if done else 0.0
+
+
+def steadily(ended: Sequence[float], in_flight: int) -> float:
+    """Things a second of a closed loop, while it was one: without the filling up and the running dry.
+
+    That is from when as many had ended as are in flight, until the last was begun. Who is served in batches and who is
+    served one by one end their last ones very differently, which says nothing of what they can do.
+
+    Args:
+        ended: the times at which they did.
+    """
+    if len(ended) <= 2 * in_flight:
+        raise ValueError(f"{len(ended)} ended with {in_flight} in flight: too few to tell a rate from")
+    at = sorted(ended)
+    return (len(at) - 2 * in_flight) / (at[-in_flight - 1] - at[in_flight - 1])
 
 
 def percentile(values: Sequence[float], of: int) -> float:

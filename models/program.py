@@ -4,8 +4,8 @@ All that a request owns (latents, position, sampler, generator, guidance) is a l
 is deterministic but for the outputs of its nets, and knows nothing of the others that share its forward passes.
 """
 
-from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ class Net:
     shared: frozenset[str] = frozenset()
     buckets: tuple[int, ...] = ()  # row counts it may be run at, the rest is padding; none: any
     width: int = 16  # rows in one pass at most, unless one call alone has more
+    seconds: Mapping[int, float] = field(default_factory=dict[int, float])  # of a pass, by its rows, where measured
     reproducible_rows: int | None = None  # the exact lane's row count; none: the call runs alone, at its own
     recordable: bool = False  # it only launches work of its device, the same for the same shapes: see workers/graphs.py
     journaled: bool = False  # what it returns is worth keeping: not done again when another worker takes over

@@ -111,6 +111,16 @@ def test_a_name_says_in_which_batches_a_peer_is_to_draw_and_with_whose_nets():
     assert asked_of("litserve", Plan([], batch=8)) == ("litserve", Plan([], batch=8))
 
 
+def test_a_closed_loop_is_judged_while_it_is_one():
+    batches = [float(8 * (i // 4 + 1)) for i in range(20)]  # four at a time, every eight seconds
+    assert report.steadily(batches, 8) == pytest.approx(0.5)
+    one_by_one = [2.0 * (i + 4) for i in range(20)]
+    one_by_one[-4:] = [60.0, 70.0, 80.0, 90.0]  # alone at the end, and slow
+    assert report.steadily(one_by_one, 4) == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="too few"):
+        report.steadily([1.0, 2.0], 1)
+
+
 def test_at_the_same_p99_as_the_best_peer_has_at_80_percent():
     def point(system: str, load: object, rate: float, takes: float) -> dict[str, object]:
         sent = [{"due": i / rate, "ended": i / rate + takes, "status": 200, "steps": 4} for i in range(20)]

@@ -23,20 +23,20 @@ X = torch.arange(4.0).view(2, 2)
         ({2: 0.05, 4: 0.10, 8: 0.20, 16: 0.40}, 2),  # one row costs as much as the other
         ({2: 0.05, 4: 0.05, 8: 0.05, 16: 0.05}, 16),  # all rows cost as much as one
         ({2: 0.05, 4: 0.06, 8: 0.10, 16: 0.199}, 8),  # twice as wide buys half a percent
-        ({2: 0.05, 4: 0.06, 8: 0.10, 16: 0.18}, 16),  # and here eleven
+        ({2: 0.05, 4: 0.06, 8: 0.10, 16: 0.195}, 16),  # and here more than two
         ({2: 0.05, 4: 0.06, 8: 0.30, 16: 0.90}, 4),  # a device out of its depth
         ({6: 0.1}, 6),
     ],
 )
-def test_the_width_is_the_smallest_within_five_percent_of_the_best_throughput(seconds: dict[int, float], width: int):
+def test_the_width_is_the_smallest_within_two_percent_of_the_best_throughput(seconds: dict[int, float], width: int):
     assert Curve(seconds).width == width
 
 
 def test_noise_moves_no_width_where_passes_lie_on_a_line():
     line = {rows: 0.016 + 0.0077 * rows for rows in (2, 4, 6, 8, 10, 12, 14, 16, 20)}
     lucky, unlucky = line | {8: 0.93 * line[8]}, line | {20: 1.07 * line[20]}
-    assert [Curve(seconds).width for seconds in (line, lucky, unlucky)] == [14, 14, 14]
-    assert Curve(line | {20: 2 * line[20]}).width == 12  # out of its depth: no line
+    assert [Curve(seconds).width for seconds in (line, lucky, unlucky)] == [20, 20, 20]
+    assert Curve(line | {20: 2 * line[20]}).width == 14  # out of its depth: no line
 
 
 def test_decoding_is_as_wide_as_pays_and_holds_nobody_up_for_long():
@@ -112,6 +112,7 @@ def test_a_model_is_warm_when_its_denoiser_and_its_decoder_have_their_widths():
     assert set(curves) == {model.denoiser, model.decoder}
     assert set(curves[model.denoiser].seconds) <= {2, 4}
     assert model.denoiser.width in (2, 4)
+    assert model.denoiser.seconds.keys() == set(curves[model.denoiser].seconds) & set(model.denoiser.buckets)
     assert model.decoder.width in model.decoder.buckets
 
 

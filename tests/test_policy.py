@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from app.cli import cli
 from models.program import Call, Net, Program
 from workers.engine import Engine, Pass
-from workers.policy import Policy, fitting
-from workers.simulation import CURVES, MIXES, POLICIES, Request, arrivals, averaged, passes, run
+from workers.policy import Policy, fitting, widest, worthwhile
+from workers.simulation import CURVES, MIXES, POLICIES, Outcome, Request, arrivals, averaged, passes, run
 
 
 @dataclass(eq=False)
@@ -79,6 +79,32 @@ def test_nobody_is_put_off_for_good():
     assert passes["long"] >= 300 // 10
 
 
+# -- how wide
+
+LINE = {rows: 0.004 + 0.003 * rows for rows in (1, 2, 4, 6, 8, 12, 16, 24, 32)}
+
+
+def test_a_pass_is_the_wider_the_more_rows_wait():
+    widths = [worthwhile(LINE, waiting) for waiting in (1, 4, 8, 16, 32, 64, 128)]
+    assert widths == sorted(widths)
+    assert widths[0] < 6
+    assert widths[-1] == 32
+    assert 12 <= worthwhile(LINE, 24) <= 16  # the root of 8 · 4/3 · 24 is 16
+
+
+def test_where_rows_cost_nothing_a_pass_is_as_wide_as_it_may_be():
+    assert worthwhile(dict.fromkeys((2, 4, 8, 16), 0.01), 2) == 16
+
+
+def test_where_a_row_costs_as_much_as_any_other_the_narrowest_is_best_however_many_wait():
+    assert worthwhile({rows: 0.01 * rows for rows in (2, 4, 8)}, 1000) == 2
+
+
+def test_a_cliff_in_the_curve_is_not_gone_over():
+    cliff = LINE | {24: 3 * LINE[24], 32: 3 * LINE[32]}
+    assert widest(cliff) == worthwhile(cliff, 1000) == 16
+
+
 # -- the simulator
 
 
@@ -101,12 +127,12 @@ TOOK = {"sd15": 0.03, "sdxl": 0.15}
 @pytest.mark.parametrize("mix", ["b", "c", "d"])
 def test_it_lets_in_the_same_requests_as_the_engine_pass_by_pass(mix: str):
     requests = arrivals(MIXES[mix], "sd15", CURVES, load=1e9, count=30, seed=1)  # all at once
-    curves = {model: dict.fromkeys(range(1, 9), took) for model, took in TOOK.items()}
+    curves = {model: {rows: took * (1 + rows / 8) for rows in range(1, 17)} for model, took in TOOK.items()}
     for request in requests:
         request.arrives = 0.0
-    simulated = [[requests.index(one) for one in chosen] for chosen in passes(requests, curves, Timed(), 30, 8)]
+    simulated = [[requests.index(one) for one in chosen] for chosen in passes(requests, curves, Timed(), 30)]
 
-    nets = {model: Net(model, lambda x: x, width=8) for model in TOOK}
+    nets = {model: Net(model, lambda x: x, seconds=curve, width=widest(curve)) for model, curve in curves.items()}
     seen = list[list[int]]()
 
     def observe(done: Pass) -> None:
@@ -120,6 +146,7 @@ def test_it_lets_in_the_same_requests_as_the_engine_pass_by_pass(mix: str):
     while engine:
         engine.step()
     assert seen == simulated
+    assert len({sum(requests[i].rows for i in chosen) for chosen in seen}) > 2  # some wide, some narrow
 
 
 def test_every_request_ends_and_none_before_it_could():
@@ -132,9 +159,18 @@ def test_every_request_ends_and_none_before_it_could():
 
 def test_short_requests_overtake_long_ones_that_are_held_with_them():
     def p99_short(policy: str) -> float:
-        return averaged([run(policy, "b", "sd15", 0.8, 600, seed) for seed in range(3)]).p99_short
+        return averaged([run(policy, "b", "sd15", 1.0, 600, seed) for seed in range(3)]).p99_short
 
     assert p99_short("holding 2") < 0.6 * p99_short("holding 1")
+
+
+def test_passes_that_are_only_as_wide_as_is_worth_it_end_sooner_unless_there_is_too_much_to_do():
+    def outcome(policy: str, load: float) -> Outcome:
+        return averaged([run(policy, "a", "sd15", load, 600, seed) for seed in range(3)])
+
+    assert outcome("holding 2", 0.8).p50 < 0.5 * outcome("full width", 0.8).p50
+    assert outcome("holding 2", 0.8).p99 < 0.8 * outcome("full width", 0.8).p99
+    assert outcome("holding 2", 1.2).throughput > 0.97 * outcome("full width", 1.2).throughput
 
 
 def test_the_command_prints_a_row_a_load_and_policy_and_draws_them(tmp_path: Path):

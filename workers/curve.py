@@ -11,9 +11,10 @@ from app.schemas import Parameters
 from models.families import Resident
 from models.program import Call, Inputs, Net, Program
 from workers.passes import Eager, Placed, Runner, take_apart
+from workers.policy import widest
 
 NOISE = 0.1  # of a pass
-CLOSE_TO_PEAK = 0.95  # a wider pass than this needs buys little throughput and costs everybody latency
+LITTLE = 0.05  # of a pass, or of its throughput: not worth a bucket
 HELD_UP = 0.1  # seconds that others' denoising may wait for pictures to be decoded, or the length of a full pass
 
 
@@ -25,9 +26,8 @@ class Curve:
 
     @property
     def width(self) -> int:
-        """The smallest row count within 5 % of the best throughput."""
-        rates = {rows: rows / seconds for rows, seconds in self.smooth().items()}
-        return min(rows for rows, rate in rates.items() if rate >= CLOSE_TO_PEAK * max(rates.values()))
+        """Rows that a pass may have at most."""
+        return widest(self.smooth())
 
     def smooth(self) -> dict[int, float]:
         """The seconds without noise, if a pass costs so much and so much more for each row; or as they were measured.
@@ -50,7 +50,7 @@ class Curve:
         kept = list[int]()
         for rows in reversed(buckets):
             wider = next((other for other in kept if other in self.seconds), None)
-            if wider is None or rows not in self.seconds or self.seconds[rows] < CLOSE_TO_PEAK * self.seconds[wider]:
+            if wider is None or rows not in self.seconds or self.seconds[rows] < (1 - LITTLE) * self.seconds[wider]:
                 kept.insert(0, rows)
         return tuple(kept)
 
@@ -71,6 +71,7 @@ def warm_up(resident: Resident, max_rows: int, runner: Runner | None = None) -> 
     curves = {denoiser: steps, decoder: decodes}
     for net, curve in curves.items():
         net.buckets = curve.worth_having(net.buckets)
+    denoiser.seconds = {rows: s for rows, s in steps.smooth().items() if rows in (denoiser.buckets or steps.seconds)}
     return curves
 
 
@@ -123,7 +124,7 @@ def measure(net: Net, call: Call, max_rows: int, runner: Runner | None = None, r
         for _ in range(runner.prepares):
             timed(net, passes[rows], runner)
         seconds[rows] = min(timed(net, passes[rows], runner) for _ in range(2))
-        if rows / seconds[rows] > best * (2 - CLOSE_TO_PEAK):  # than the last that was: small gains add up
+        if rows / seconds[rows] > best * (1 + LITTLE):  # than the last that was: small gains add up
             best, since_best = rows / seconds[rows], 0
         else:
             since_best += 1

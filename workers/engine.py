@@ -24,7 +24,7 @@ from app import metrics
 from models.program import Call, Net, Program
 from workers.outcomes import OutOfMemory
 from workers.passes import Columns, Eager, Placed, Runner, Stopwatch, scatter, take_apart
-from workers.policy import Policy, fitting
+from workers.policy import Policy, fitting, worthwhile
 
 log = structlog.get_logger()
 
@@ -163,6 +163,13 @@ class Engine:
         until, rows = self.narrow.get(net, (0.0, net.width))
         return min(rows, net.width) if time.monotonic() < until else net.width
 
+    def worthwhile_width(self, net: Net) -> int:
+        """Rows that its next pass should have."""
+        width = self.width(net)
+        to_be_had = {rows: seconds for rows, seconds in net.seconds.items() if rows <= width}
+        waiting = sum(one.rows for one in self.waiting if one.call.net is net)
+        return worthwhile(to_be_had, waiting) if to_be_had else width
+
     def submit(
         self,
         program: Program,
@@ -192,7 +199,7 @@ class Engine:
         if not self.waiting:
             self._catch_up(before)
             return []
-        seating = together(self.policy.turn(self.waiting), self.width)
+        seating = together(self.policy.turn(self.waiting), self.worthwhile_width)
         self.waiting = [waiting for waiting in self.waiting if waiting not in seating.places]
         for waiting, outcome in self._run(seating):
             if waiting.call.net.journaled and not isinstance(outcome, Exception):

@@ -13,6 +13,8 @@ from app import events
 
 log = structlog.get_logger()
 
+PAUSE = 0.2  # seconds: as often as anybody looks, and far less often than there are steps
+
 
 class Report(NamedTuple):
     generation: str
@@ -22,11 +24,12 @@ class Report(NamedTuple):
 
 
 class Reporter:
-    """One thread that sends all that has come up since it last looked in one round trip, in order."""
+    """One thread that sends all that has come up in a while in one round trip, in order; at once if somebody waits."""
 
     def __init__(self, connection: "Redis"):
         self.connection = connection
         self.reports: queue.SimpleQueue[Report | threading.Event | None] = queue.SimpleQueue()
+        self.urgent = threading.Event()
         self.thread = threading.Thread(target=self._run, name="reporter", daemon=True)
         self.thread.start()
 
@@ -39,11 +42,13 @@ class Reporter:
         """Wait until all that was reported before is written, or lost; no longer than this, and Redis may be away."""
         sent = threading.Event()
         self.reports.put(sent)
+        self.urgent.set()
         sent.wait(seconds)
 
     def close(self) -> None:
         """Send what there is, and end."""
         self.reports.put(None)
+        self.urgent.set()
         self.thread.join(timeout=5)
 
     def _run(self) -> None:
@@ -57,6 +62,8 @@ class Reporter:
                 if isinstance(waiter, threading.Event):
                     waiter.set()
             last = None in came
+            self.urgent.wait(0 if last else PAUSE)
+            self.urgent.clear()
 
     def _send(self, batch: list[Report]) -> None:
         if not batch:

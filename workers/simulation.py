@@ -5,14 +5,15 @@ Discrete events, no device: a pass takes what the curve says. Encoding, decoding
 
 import random
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, quantiles
 from typing import NamedTuple, TypeVar
 
-from workers.policy import Policy, Waits, fitting
+from workers.policy import Policy, Waits, fitting, widest, worthwhile
 
 W = TypeVar("W", bound=Waits)
+Width = Callable[[Mapping[int, float], int], int]  # of a pass, from seconds by rows and the rows that wait
 Curves = Mapping[str, Mapping[int, float]]  # of each model: seconds of a pass by its rows
 
 CURVES: Curves = {  # one H100, as CUDA graphs: 512 × 512 and 1024 × 1024 pixels
@@ -73,32 +74,28 @@ class Request:
         return self.ended - self.arrives
 
 
-def width(curve: Mapping[int, float]) -> int:
-    """As `Curve.width` has it, of a curve without noise."""
-    best = max(rows / seconds for rows, seconds in curve.items())
-    return min(rows for rows, seconds in curve.items() if rows / seconds >= 0.95 * best)
-
-
 def passes(
-    requests: Sequence[Request], curves: Curves, policy: Policy, overbooking: float = 1.0, widest: int | None = None
+    requests: Sequence[Request], curves: Curves, policy: Policy, overbooking: float, width: Width = worthwhile
 ) -> Iterator[list[Request]]:
     """Each pass until all have ended: who took part in it."""
     queue, waiting, now = deque(sorted(requests, key=lambda one: one.arrives)), list[Request](), 0.0
-    widths = {model: widest or width(curve) for model, curve in curves.items()}
+    widths = {model: widest(curve) for model, curve in curves.items()}
 
-    def admits(model: str) -> bool:
-        return sum(one.rows for one in waiting if one.account == model) < overbooking * widths[model]
+    def held(model: str) -> int:
+        return sum(one.rows for one in waiting if one.account == model)
 
     while queue or waiting:
         if not waiting:
             now = max(now, queue[0].arrives)
         for one in [one for one in queue if one.arrives <= now]:
-            if admits(one.account):
+            if held(one.account) < overbooking * widths[one.account]:
                 queue.remove(one)
                 waiting.append(one)
         order = policy.turn(waiting)
-        chosen = fitting(order, widths[order[0].account])
-        curve, rows = curves[chosen[0].account], sum(one.rows for one in chosen)
+        model = order[0].account
+        curve = {rows: seconds for rows, seconds in curves[model].items() if rows <= widths[model]}
+        chosen = fitting(order, width(curve, held(model)))
+        curve, rows = curves[model], sum(one.rows for one in chosen)
         took = curve[min((bucket for bucket in curve if bucket >= rows), default=max(curve))]
         now += took
         policy.charge(chosen[0].account, took)
@@ -115,7 +112,7 @@ def passes(
 def seconds(kind: Kind, model: str, curves: Curves) -> float:
     """Of the device, if its passes are as wide as is best."""
     curve = curves[kind.model or model]
-    return kind.steps * kind.rows * curve[width(curve)] / width(curve)
+    return kind.steps * kind.rows * min(seconds / rows for rows, seconds in curve.items())
 
 
 def arrivals(mix: Sequence[Kind], model: str, curves: Curves, load: float, count: int, seed: int) -> list[Request]:
@@ -139,19 +136,20 @@ class Outcome(NamedTuple):
     throughput: float
 
 
-POLICIES: Mapping[str, tuple[type[Policy], float, bool]] = {  # policy, passes held, in batches
-    "one by one": (FirstCome, 1.0, False),
-    "first come": (FirstCome, 1.0, True),
-    "holding 1": (Policy, 1.0, True),
-    "holding 2": (Policy, 2.0, True),
-    "holding 4": (Policy, 4.0, True),
+POLICIES: Mapping[str, tuple[type[Policy], float, Width]] = {  # policy, passes held, how wide each is
+    "one by one": (FirstCome, 0.01, worthwhile),
+    "first come": (FirstCome, 1.0, worthwhile),
+    "holding 1": (Policy, 1.0, worthwhile),
+    "holding 2": (Policy, 2.0, worthwhile),
+    "holding 4": (Policy, 4.0, worthwhile),
+    "full width": (Policy, 2.0, lambda curve, _: max(curve)),
 }
 
 
 def run(policy: str, mix: str, model: str, load: float, count: int, seed: int, curves: Curves = CURVES) -> Outcome:
     requests = arrivals(MIXES[mix], model, curves, load, count, seed)
-    decides, overbooking, batched = POLICIES[policy]
-    for _ in passes(requests, curves, decides(), overbooking, None if batched else 1):
+    decides, overbooking, width = POLICIES[policy]
+    for _ in passes(requests, curves, decides(), overbooking, width):
         pass
     short = [one.latency for one in requests if one.short]
     everybody = quantiles([one.latency for one in requests], n=100)

@@ -366,7 +366,7 @@ class Studio:
             metrics.STEPS.labels(model).inc(done.calls)
             self.lately.setdefault(model, []).append(done.rows)
             metrics.BATCH_WIDTH.labels(model).set(width := self.engine.width(done.net))
-            if done.rows >= width:  # a full pass: what the pace of a busy worker is made of
+            if self._rows(model) >= width:  # what the pace of a busy worker is made of
                 self.speeds[model] = averaged(self.speeds.get(model), done.rows / done.seconds)
 
     def _slowest_pass(self) -> float:

@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from app.local import LocalService
 from app.settings import Settings
 from bench.ceilings import pass_seconds
+from bench.report import steadily
 from models.catalog import Catalog
 from models.loading import load_pipeline
 from models.prepare import decided
@@ -21,7 +22,7 @@ from models.program import generator
 
 STEPS, GUIDANCE = 20, 3.0
 PROMPT = "a small rocket in the top left corner on a dark blue background, twemoji style"
-IN_FLIGHT = {1: 5, 4: 16, 8: 48, 16: 64}  # how many at once, of how many in all: at the end fewer are in flight
+IN_FLIGHT = {1: 6, 4: 24, 8: 48, 16: 80}  # how many at once, of how many in all
 ROUNDS = 3
 
 
@@ -41,9 +42,9 @@ def run(service: LocalService) -> None:
         as_ours.append(stock_loop(ours, 5))
         loops.append(before := stock_loop(pipeline, 5))
         for n, count in IN_FLIGHT.items():
-            began = Spent.of(http)
+            began, started = Spent.of(http), time.perf_counter()
             rate = through_service(http, n, count)
-            shares[n].add(count / rate, Spent.of(http) - began, curve)
+            shares[n].add(time.perf_counter() - started, Spent.of(http) - began, curve)
             loops.append(after := stock_loop(pipeline, 2))
             rates[n].append(rate)
             ratios[n].append(rate / ((before + after) / 2))
@@ -125,16 +126,15 @@ def stock_loop(pipeline: Any, count: int) -> float:
 
 
 def through_service(http: httpx2.Client, in_flight: int, count: int) -> float:
-    def one(seed: int) -> None:
+    def one(seed: int) -> float:
         body = {"prompt": PROMPT, "num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "seed": seed}
         done = http.post("/v1/generations", json=body, headers={"Prefer": "wait=60"}).json()
         assert done["status"] == "succeeded", done
         assert http.get(done["images"][0]["url"]).status_code == 200
+        return time.perf_counter()
 
     with ThreadPoolExecutor(in_flight) as clients:
-        began = time.perf_counter()
-        list(clients.map(one, range(count)))
-        return count / (time.perf_counter() - began)
+        return steadily(list(clients.map(one, range(count))), in_flight)
 
 
 def ideal(curves: dict[str, dict[int, float]], in_flight: int) -> float:
