@@ -140,7 +140,7 @@ def test_api_processes_share_a_port_and_its_connections_and_are_begun_again(tmp_
     def both_answer() -> bool:
         try:
             return len(found := shares()) == 2 and min(found.values()) >= 10
-        except (httpx2.TransportError, FileNotFoundError):
+        except (httpx2.TransportError, FileNotFoundError, ProcessLookupError):
             return False  # one of them is just being killed, or has no port yet
 
     try:
