@@ -47,7 +47,7 @@ class Up:
         for pid in started_by(self.process.pid):
             try:
                 line = (Path("/proc") / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            except FileNotFoundError:
+            except (FileNotFoundError, ProcessLookupError):
                 continue
             if words in line and running(pid):
                 return pid
