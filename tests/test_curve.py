@@ -59,6 +59,19 @@ def test_every_bucket_is_measured_while_more_rows_pay(clock: "Clock"):
     assert list(measure(net, Call(net, {"x": X}, 2), max_rows=32).seconds) == [b for b in BUCKETS if 2 <= b <= 32]
 
 
+def test_of_passes_that_lie_on_a_line_every_doubling_is_run_and_the_line_tells_the_others(clock: "Clock"):
+    net = clock.net(lambda rows: 0.01 + 0.005 * rows)
+    curve = measure(net, Call(net, {"x": X}, 2), max_rows=32)
+    assert set(clock.rows) == {2, 4, 8, 16, 32}
+    assert curve.seconds == pytest.approx({rows: 0.01 + 0.005 * rows for rows in BUCKETS if 2 <= rows <= 32})
+
+
+def test_too_few_passes_to_know_a_line_by_are_not_relied_on(clock: "Clock"):
+    net = clock.net(lambda rows: 0.01 + 0.005 * rows)
+    measure(net, Call(net, {"x": X}, 2), max_rows=16)
+    assert set(clock.rows) == {2, 4, 6, 8, 10, 12, 14, 16}
+
+
 def test_measuring_stops_when_three_buckets_in_a_row_have_bought_nothing(clock: "Clock"):
     net = clock.net(lambda rows: 0.01 * max(rows, 8))
     curve = measure(net, Call(net, {"x": X}, 2), max_rows=32)

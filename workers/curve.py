@@ -1,5 +1,6 @@
 """How long a pass takes at each row count, measured; and from that, how wide a pass should be."""
 
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from statistics import linear_regression
@@ -14,6 +15,7 @@ from workers.passes import Eager, Placed, Runner, take_apart
 from workers.policy import widest
 
 NOISE = 0.1  # of a pass
+ENOUGH = 5  # passes to know a line by
 LITTLE = 0.05  # of a pass, or of its throughput: not worth a bucket
 HELD_UP = 0.1  # seconds that others' denoising may wait for pictures to be decoded, or the length of a full pass
 
@@ -34,12 +36,15 @@ class Curve:
 
         Most nets' do, on processors and on GPUs. One lucky pass, or an unlucky one, would move the width by a third.
         """
-        if len(self.seconds) < 5:
-            return self.seconds
+        return self.line(self.seconds) or self.seconds
+
+    def line(self, rows: Iterable[int]) -> dict[int, float] | None:
+        """Seconds of passes of so many rows, if what was measured lies on a line, and was enough to tell."""
+        if len(self.seconds) < ENOUGH:
+            return None
         a_pass, a_row = linear_regression([1 / n for n in self.seconds], [s / n for n, s in self.seconds.items()])
-        line = {rows: a_pass + a_row * rows for rows in self.seconds}
-        fits = all(abs(line[rows] - s) < NOISE * s for rows, s in self.seconds.items())
-        return line if fits else self.seconds
+        fits = all(abs(a_pass + a_row * n - s) < NOISE * s for n, s in self.seconds.items())
+        return {n: a_pass + a_row * n for n in rows} if fits else None
 
     def widest_within(self, seconds: float) -> int:
         """The widest that is worth it and takes no longer than so many seconds, if any is as short."""
@@ -109,16 +114,31 @@ def run_until(program: Program, call: Call, net: Net) -> Call:
 
 
 def measure(net: Net, call: Call, max_rows: int, runner: Runner | None = None, rounds: int = 3) -> Curve:
-    """The shortest pass at each bucket that the call's rows fill, up to where more no longer pay.
+    """Seconds of a pass at each bucket that the call's rows fill, up to where more no longer pay.
+
+    A processor takes its time: if ever twice the rows lie on a line, so do those between.
+    """
+    runner = runner or Eager()
+    buckets = [bucket for bucket in net.buckets if bucket % call.rows == 0] or [call.rows]
+    buckets = [bucket for bucket in buckets if bucket <= max_rows] or buckets[:1]
+    doubling = [buckets[0] << i for i in range(len(buckets)) if buckets[0] << i in buckets]
+    if not runner.asynchronous and len(doubling) >= ENOUGH:
+        few = Curve(shortest(net, call, doubling, runner, rounds))
+        if line := few.line(bucket for bucket in buckets if bucket <= max(few.seconds)):
+            return Curve(line | few.seconds)
+    return Curve(shortest(net, call, buckets, runner, rounds))
+
+
+def shortest(net: Net, call: Call, buckets: list[int], runner: Runner, rounds: int) -> dict[int, float]:
+    """The shortest pass at each of these, until three in a row have bought nothing.
 
     Round after round over all buckets, so that a moment's noise does not fall on one of them alone.
     """
-    runner = runner or Eager()
     passes: dict[int, Placed] = {}
     seconds: dict[int, float] = {}
     best, since_best = 0.0, 0
-    for rows in [bucket for bucket in net.buckets if bucket % call.rows == 0] or [call.rows]:
-        if (rows > max_rows and seconds) or since_best == 3:
+    for rows in buckets:
+        if since_best == 3:
             break
         passes[rows] = tiled(call, rows)
         for _ in range(runner.prepares):
@@ -131,7 +151,7 @@ def measure(net: Net, call: Call, max_rows: int, runner: Runner | None = None, r
     for _ in range(rounds - 1):
         for rows in seconds:
             seconds[rows] = min(seconds[rows], timed(net, passes[rows], runner))
-    return Curve(seconds)
+    return seconds
 
 
 def tiled(call: Call, rows: int) -> Placed:
