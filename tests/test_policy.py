@@ -20,6 +20,7 @@ from workers.simulation import CURVES, MIXES, POLICIES, Outcome, Request, arriva
 class One:
     name: str
     left: int = 10
+    number: int = 0
     key: str = "denoise"
     account: str = "model"
     rank: int = 1
@@ -42,8 +43,17 @@ def test_a_higher_priority_goes_before_what_is_nearly_done():
     assert names(Policy(), One("first"), One("short", 2), One("urgent", 50, rank=0)) == ["first", "urgent", "short"]
 
 
-def test_only_calls_of_the_leaders_kind_share_its_pass():
-    assert names(Policy(), One("text", key="encode"), One("a"), One("b", key="encode")) == ["text", "b"]
+def test_passes_of_different_kinds_are_for_whoever_is_nearly_done_and_whoever_came_first_in_turns():
+    waiting = One("b", 9, 3), One("large", 50, 1, key="large"), One("a", 7, 2), One("larger", 30, 4, key="larger")
+    policy = Policy()
+    assert [names(policy, *waiting) for _ in range(4)] == [["b", "a"], ["large"], ["b", "a"], ["large"]]
+
+
+def test_what_is_no_step_waits_for_one_at_most():
+    text, policy = One("text", 0, 5, key="encode"), Policy()
+    assert names(policy, One("a", 9, 1), text) == ["text"]
+    assert names(policy, One("a", 9, 1), text) == ["a"]
+    assert names(policy, One("a", 9, 1), text) == ["text"]
 
 
 def test_models_get_the_same_time_whatever_their_passes_take():

@@ -86,6 +86,10 @@ class Waiting:
         return self.call.rows
 
     @property
+    def number(self) -> int:
+        return self.ticket.number
+
+    @property
     def account(self) -> str:
         return self.ticket.account
 

@@ -1,5 +1,6 @@
 """Whose pass is next, who shares it, and how wide it is: decided here, for the engine and for the simulator alike."""
 
+from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
@@ -7,6 +8,8 @@ from typing import Protocol, TypeVar
 class Waits(Protocol):
     """A call that waits for a pass, in the order in which calls came in."""
 
+    @property
+    def number(self) -> int: ...  # of its request, by when that came in
     @property
     def key(self) -> Hashable: ...  # calls of one key may share a pass
     @property
@@ -22,31 +25,49 @@ class Waits(Protocol):
 W = TypeVar("W", bound=Waits)
 
 CLOSE_TO_PEAK = 0.98  # a wider pass than this needs buys next to no throughput
+TURN = 4, 0.5  # passes of a model, and seconds of the device, after which another may have its turn
 STILL_TO_COME = 8  # times: how much more those who are not here yet care for throughput than those who are
 
 
 class Policy:
     """Models share the device by time, requests of a model share passes, and whoever is nearly done goes first.
 
-    The call that has waited longest always takes part in its model's next pass: what has much left to do is put off by
-    what has little, never for good.
+    Models take turns of a few passes: shared pass by pass, all that they draw would end late.
+
+    Where not all of a model's calls may share a pass, it is one for whoever is nearly done and one for whoever came
+    first, in turns. The call that has waited longest always takes part in the next pass of its kind: what has much left
+    to do is put off by what has little, never for good.
     """
 
     def __init__(self) -> None:
         self.spent: dict[str, float] = {}  # seconds of the device, of each account that has calls waiting
+        self.passes = Counter[str]()  # of each account
+        self.whose, self.ends = "", (0, 0.0)  # the account whose turn it is; at so many passes or seconds of it
 
     def turn(self, waiting: Sequence[W]) -> list[W]:
-        """Those who may share the next pass, in the order in which they are to be let in."""
+        """Of those who wait, in the order of their calls: who may share the next pass, in the order to be let in."""
         least = min((self.spent[one.account] for one in waiting if one.account in self.spent), default=0.0)
         self.spent = {one.account: self.spent.get(one.account, least) for one in waiting}  # who comes back starts even
-        account = min(self.spent, key=self.spent.__getitem__)
-        first, *others = [one for one in waiting if one.account == account]
-        alike = [one for one in others if one.key == first.key]
-        return [first, *sorted(alike, key=lambda one: (one.rank, one.left))]
+        if self.whose not in self.spent or self._is_over():
+            self.whose = min(self.spent, key=self.spent.__getitem__)
+            self.ends = self.passes[self.whose] + TURN[0], self.spent[self.whose] + TURN[1]
+        own = [one for one in waiting if one.account == self.whose]
+        self.passes[self.whose] += 1
+        by_age = self.passes[self.whose] % 2 == 0
+        lead = min(own, key=lambda one: one.number) if by_age else min(own, key=nearly_done)
+        first, *others = [one for one in own if one.key == lead.key]
+        return [first, *sorted(others, key=nearly_done)]
+
+    def _is_over(self) -> bool:
+        return self.passes[self.whose] >= self.ends[0] or self.spent[self.whose] >= self.ends[1]
 
     def charge(self, account: str, seconds: float) -> None:
         """After a pass."""
         self.spent[account] = self.spent.get(account, 0.0) + seconds
+
+
+def nearly_done(one: Waits) -> tuple[int, int]:
+    return one.rank, one.left
 
 
 def widest(seconds: Mapping[int, float]) -> int:

@@ -52,6 +52,7 @@ class FirstCome(Policy):
 class Request:
     """As the engine sees it: at each moment it waits for one pass."""
 
+    number: int
     arrives: float
     steps: int
     rows: int
@@ -120,10 +121,10 @@ def arrivals(mix: Sequence[Kind], model: str, curves: Curves, load: float, count
     rng, at, requests = random.Random(seed), 0.0, list[Request]()
     mean = sum(kind.share * seconds(kind, model, curves) for kind in mix)
     shortest = min(mix, key=lambda kind: seconds(kind, model, curves))
-    for _ in range(count):
+    for number in range(count):
         at += rng.expovariate(load / mean)
         (kind,) = rng.choices(mix, [kind.share for kind in mix])
-        requests.append(Request(at, kind.steps, kind.rows, kind.model or model, kind is shortest))
+        requests.append(Request(number, at, kind.steps, kind.rows, kind.model or model, kind is shortest))
     return requests
 
 
