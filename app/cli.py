@@ -295,7 +295,9 @@ def models() -> None:
 
 @cli.command()
 def simulate(
-    mix: Annotated[str, typer.Option(help="a: 20 steps; b: 4 or 50; c: two models; d: guidance on or off.")] = "b",
+    mix: Annotated[
+        str, typer.Option(help="a: 20 steps; b: 4 or 50; c: sizes and models; d: guidance on or off.")
+    ] = "b",
     model: Annotated[str, typer.Option(help="Whose curve: sd15, sdxl or small, on one H100.")] = "sd15",
     requests: Annotated[int, typer.Option(min=100)] = 1500,
     seeds: Annotated[int, typer.Option(min=1)] = 3,

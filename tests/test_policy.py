@@ -120,7 +120,7 @@ def test_a_cliff_in_the_curve_is_not_gone_over():
 
 def counting(net: Net, request: Request) -> Program:
     for i in range(request.steps):
-        yield Call(net, {"x": torch.zeros(request.rows, 1)}, request.rows, (i, request.steps))
+        yield Call(net, {"x": torch.zeros(request.rows, int(4 * request.size))}, request.rows, (i, request.steps))
     return torch.zeros(1)
 
 

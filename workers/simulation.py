@@ -31,12 +31,13 @@ class Kind(NamedTuple):
     steps: int
     rows: int = 2  # with classifier-free guidance
     model: str | None = None  # another than the one that is asked about
+    size: float = 1  # times the pixels, and what a pass takes
 
 
 MIXES: Mapping[str, Sequence[Kind]] = {
     "a": [Kind(1, 20)],
     "b": [Kind(0.8, 4), Kind(0.2, 50)],
-    "c": [Kind(0.8, 20), Kind(0.2, 20, model="sdxl")],
+    "c": [Kind(0.6, 20), Kind(0.2, 20, size=2.25), Kind(0.2, 20, model="sdxl")],
     "d": [Kind(0.5, 20), Kind(0.5, 20, rows=1)],
 }
 
@@ -57,14 +58,15 @@ class Request:
     steps: int
     rows: int
     account: str
+    size: float = 1
     short: bool = False  # of the cheapest kind
     done: int = 0
     rank: int = 0
     ended: float = 0.0
 
     @property
-    def key(self) -> str:
-        return self.account
+    def key(self) -> tuple[str, float]:
+        return self.account, self.size
 
     @property
     def left(self) -> int:
@@ -97,7 +99,7 @@ def passes(
         curve = {rows: seconds for rows, seconds in curves[model].items() if rows <= widths[model]}
         chosen = fitting(order, width(curve, held(model)))
         curve, rows = curves[model], sum(one.rows for one in chosen)
-        took = curve[min((bucket for bucket in curve if bucket >= rows), default=max(curve))]
+        took = curve[min((bucket for bucket in curve if bucket >= rows), default=max(curve))] * chosen[0].size
         now += took
         policy.charge(chosen[0].account, took)
         waiting = [one for one in waiting if one not in chosen]
@@ -113,7 +115,7 @@ def passes(
 def seconds(kind: Kind, model: str, curves: Curves) -> float:
     """Of the device, if its passes are as wide as is best."""
     curve = curves[kind.model or model]
-    return kind.steps * kind.rows * min(seconds / rows for rows, seconds in curve.items())
+    return kind.steps * kind.rows * kind.size * min(seconds / rows for rows, seconds in curve.items())
 
 
 def arrivals(mix: Sequence[Kind], model: str, curves: Curves, load: float, count: int, seed: int) -> list[Request]:
@@ -124,7 +126,8 @@ def arrivals(mix: Sequence[Kind], model: str, curves: Curves, load: float, count
     for number in range(count):
         at += rng.expovariate(load / mean)
         (kind,) = rng.choices(mix, [kind.share for kind in mix])
-        requests.append(Request(number, at, kind.steps, kind.rows, kind.model or model, kind is shortest))
+        of_model = kind.model or model
+        requests.append(Request(number, at, kind.steps, kind.rows, of_model, kind.size, kind is shortest))
     return requests
 
 
