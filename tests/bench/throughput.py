@@ -134,7 +134,7 @@ def through_service(http: httpx2.Client, in_flight: int, count: int) -> float:
         return time.perf_counter()
 
     with ThreadPoolExecutor(in_flight) as clients:
-        return steadily(list(clients.map(one, range(count))), in_flight)
+        return steadily([(ended, 1.0) for ended in clients.map(one, range(count))], in_flight)
 
 
 def ideal(curves: dict[str, dict[int, float]], in_flight: int) -> float:
