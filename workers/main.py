@@ -25,6 +25,7 @@ from models.catalog import Catalog, ModelCard
 from models.families import FAMILIES, Resident
 from models.loading import load_parts, load_pipeline
 from models.prepare import decided
+from workers import memory
 from workers.connection import OUTAGE, RedisAway, connect
 from workers.graphs import Graphs
 from workers.journal import Journal
@@ -63,6 +64,8 @@ def serve(settings: Settings, connected: Callable[[], "Redis"]) -> None:
     """`connected` makes a connection for each thread that has something to say."""
     device = settings.device if settings.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(settings.torch_threads or torch.get_num_threads())  # before other threads ask for fewer
+    if device == "cpu":
+        memory.keep()
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(settings.data_dir.absolute() / "inductor"))  # outlives us
     catalog = Catalog.read(settings.models, settings.cards_dir)
     connection, reporter = connected(), Reporter(connected())

@@ -13,6 +13,7 @@ from models.catalog import Catalog, ModelCard
 from models.families import Resident
 from models.loading import resident_bytes
 from models.program import Net
+from workers import memory
 from workers.curve import Curve, warm_up
 from workers.journal import model_identity
 from workers.outcomes import ModelUnavailable
@@ -117,6 +118,8 @@ class Residency:
         for name in leaving:
             log.info("unloading", model=name, for_model=card.name)
             del self.warm[name]
+        if leaving:
+            memory.give_back()
         self._show_memory()
         return True
 
