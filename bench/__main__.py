@@ -19,7 +19,6 @@ from statistics import median
 from typing import Any
 
 from bench import report
-from bench.ceilings import takes
 from bench.mixes import MIXES, Model, arrivals, requests
 from bench.parity import parity
 from bench.peers.plan import Plan
@@ -128,8 +127,6 @@ class Bench:
         """Closed loop, with twice the largest batch in flight, over the same requests for all."""
         asked = requests(mix, self.model, count, seed)
         point = self.loaded(name, asked, None, self.in_flight) | {"mix": mix, "load": SATURATED, "seed": seed}
-        curves = self.results.get("curves")
-        point |= {"in_flight": self.in_flight, "work": [takes(one, self.model.size, curves) for one in asked]}
         self.results["points"].append(point)
         found = [point for point in self.results["points"] if (point["system"], point["mix"]) == (name, mix)]
         self.saturations[name, mix] = median(map(report.rate, found))

@@ -93,24 +93,11 @@ def ideal(curves: Mapping[str, Mapping[int, float]], mix: str) -> float | None:
     """Pictures a second if nothing took time but passes, each of the most efficient width; of one size only."""
     if any(kind.size != 1 for kind in MIXES[mix]):
         return None
-    a_row, a_picture = at_best(curves)
-    return 1 / (sum(kind.share * kind.steps * kind.rows for kind in MIXES[mix]) * a_row + a_picture)
-
-
-def at_best(curves: Mapping[str, Mapping[int, float]]) -> tuple[float, float]:
-    """Seconds of a row of a step, and of a picture's decoding, in passes of the most efficient width."""
     decoding = [curve for net, curve in curves.items() if "decode" in net]
     (denoising,) = (curve for net, curve in curves.items() if "decode" not in net)
-    a_row, a_picture = (min(seconds / n for n, seconds in curve.items()) for curve in (denoising, decoding[0]))
-    return a_row, a_picture
-
-
-def takes(request: Mapping[str, Any], size: int, curves: Mapping[str, Mapping[int, float]] | None) -> float:
-    """Seconds that a request takes of a device that does nothing else, as if pixels cost the same in any size."""
-    a_row, a_picture = at_best(curves) if curves else (1.0, 0.0)
-    rows = 2 if request["guidance_scale"] > 1 else 1
-    area = request["width"] * request["height"] / size**2
-    return area * (request["num_inference_steps"] * rows * a_row + a_picture)
+    a_row = min(seconds / rows for rows, seconds in denoising.items())
+    a_picture = min(seconds / rows for rows, seconds in decoding[0].items())
+    return 1 / (sum(kind.share * kind.steps * kind.rows for kind in MIXES[mix]) * a_row + a_picture)
 
 
 def a_picture_tflop(ceilings: Mapping[str, Any], mix: str) -> float | None:

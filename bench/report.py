@@ -1,6 +1,5 @@
 """What points come to: tables, curves, and how much more goes through at the same p99."""
 
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,30 +26,9 @@ def previews(point: Point) -> list[float]:
 
 
 def rate(point: Point) -> float:
-    """Pictures a second: of an open loop from the first request to the last picture."""
+    """Pictures a second, from the first request to the last picture."""
     done = [one for one in point["sent"] if one["status"] == 200]
-    if len(done) > 2 * (in_flight := point.get("in_flight", math.inf)):
-        begun = sorted(point["sent"], key=lambda one: one["due"])  # in the order of the requests
-        ended = [(one["ended"], work) for one, work in zip(begun, point["work"], strict=True) if one["status"] == 200]
-        return steadily(ended, in_flight)
     return len(done) / (max(one["ended"] for one in done) - min(one["due"] for one in done)) if done else 0.0
-
-
-def steadily(ended: Sequence[tuple[float, float]], in_flight: int) -> float:
-    """Things a second of a closed loop, while it was one: without the filling up and the running dry.
-
-    That is from when as many had ended as are in flight, until the last was begun. Who is served in batches and who is
-    served one by one end their last ones very differently, which says nothing of what they can do. And they are
-    counted by the work that they were: who lets short ones go first has ended more of these by then.
-
-    Args:
-        ended: when each did, and how much work it was.
-    """
-    if len(ended) <= 2 * in_flight:
-        raise ValueError(f"{len(ended)} ended with {in_flight} in flight: too few to tell a rate from")
-    at = sorted(ended)
-    (began, _), (over, _) = at[in_flight - 1], at[-in_flight - 1]
-    return sum(work for _, work in at[in_flight:-in_flight]) / mean(work for _, work in at) / (over - began)
 
 
 def percentile(values: Sequence[float], of: int) -> float:

@@ -111,23 +111,6 @@ def test_a_name_says_in_which_batches_a_peer_is_to_draw_and_with_whose_nets():
     assert asked_of("litserve", Plan([], batch=8)) == ("litserve", Plan([], batch=8))
 
 
-def test_a_closed_loop_is_judged_while_it_is_one():
-    batches = [(float(8 * (i // 4 + 1)), 1.0) for i in range(20)]  # four at a time, every eight seconds
-    assert report.steadily(batches, 8) == pytest.approx(0.5)
-    one_by_one = [(2.0 * (i + 4), 1.0) for i in range(16)]
-    one_by_one += [(60.0, 1.0), (70.0, 1.0), (80.0, 1.0), (90.0, 1.0)]  # alone at the end, and slow
-    assert report.steadily(one_by_one, 4) == pytest.approx(0.5)
-    with pytest.raises(ValueError, match="too few"):
-        report.steadily(batches[:2], 1)
-
-
-def test_who_lets_short_ones_go_first_is_not_judged_by_these_alone():
-    short_first = [(float(i), 1.0) for i in range(1, 21)] + [(20.0 + 9 * i, 9.0) for i in range(1, 5)]
-    in_turns = [(14.0 * (i // 6) + (i % 6 + 1 if i % 6 < 5 else 14), 1.0 if i % 6 < 5 else 9.0) for i in range(24)]
-    assert report.steadily(short_first, 4) == pytest.approx(6 / 14)  # six are 14 of work, one a second
-    assert report.steadily(in_turns, 4) == pytest.approx(6 / 14)
-
-
 def test_at_the_same_p99_as_the_best_peer_has_at_80_percent():
     def point(system: str, load: object, rate: float, takes: float) -> dict[str, object]:
         sent = [{"due": i / rate, "ended": i / rate + takes, "status": 200, "steps": 4} for i in range(20)]

@@ -14,7 +14,6 @@ from prometheus_client.parser import text_string_to_metric_families
 from app.local import LocalService
 from app.settings import Settings
 from bench.ceilings import pass_seconds
-from bench.report import steadily
 from models.catalog import Catalog
 from models.loading import load_pipeline
 from models.prepare import decided
@@ -126,6 +125,8 @@ def stock_loop(pipeline: Any, count: int) -> float:
 
 
 def through_service(http: httpx2.Client, in_flight: int, count: int) -> float:
+    """Images a second while so many were in flight: without the filling up and the running dry."""
+
     def one(seed: int) -> float:
         body = {"prompt": PROMPT, "num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "seed": seed}
         done = http.post("/v1/generations", json=body, headers={"Prefer": "wait=60"}).json()
@@ -134,7 +135,8 @@ def through_service(http: httpx2.Client, in_flight: int, count: int) -> float:
         return time.perf_counter()
 
     with ThreadPoolExecutor(in_flight) as clients:
-        return steadily([(ended, 1.0) for ended in clients.map(one, range(count))], in_flight)
+        ended = sorted(clients.map(one, range(count)))
+        return (count - 2 * in_flight) / (ended[-in_flight - 1] - ended[in_flight - 1])
 
 
 def ideal(curves: dict[str, dict[int, float]], in_flight: int) -> float:
