@@ -464,7 +464,7 @@ def test_a_service_with_keys_asks_for_one(context: BrowserContext, keyed: str):
     expect(box).to_contain_text("this API key is not known")
     box.get_by_label("Key").fill(KEY)
     box.get_by_role("button", name="Save").click()
-    page.get_by_label("Steps, exactly", exact=True).fill("20")
+    page.get_by_label("Steps, exactly", exact=True).fill("60")
     page.get_by_label("Prompt").fill("a dog")
     page.get_by_label("Prompt").press("Control+Enter")
     expect(page.locator("img.preview")).to_have_attribute("src", re.compile("^blob:"))

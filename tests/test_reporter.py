@@ -55,6 +55,18 @@ def test_every_stage_and_every_preview_is_told(reporter: Reporter, connection: "
     assert [event.data["step"] for event in heard if event.name == "preview"] == [1, 2, 3, 4]
 
 
+def test_a_preview_does_not_wait(reporter: Reporter, connection: "Redis", monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("workers.reporter.PAUSE", 600)
+    reporter.report("g", "progress", {"step": 1, "steps": 4})
+    reporter.catch_up()
+    deadline = time.monotonic() + 60
+    for step in range(20):
+        reporter.report("g", "preview", {"step": step})
+        while len(told(connection)) < step + 2:
+            assert time.monotonic() < deadline
+    assert [event.data["step"] for event in told(connection) if event.name == "preview"] == list(range(20))
+
+
 def test_the_last_words_are_sent_when_it_closes(connection: "Redis"):
     reporter = Reporter(connection)
     reporter.report("g", "progress", {"step": 1, "steps": 4})

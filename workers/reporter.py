@@ -24,7 +24,7 @@ class Report(NamedTuple):
 
 
 class Reporter:
-    """One thread that sends all that has come up in a while in one round trip, in order; at once if somebody waits."""
+    """One thread that sends what has come up in one round trip, in order: progress now and then, all else at once."""
 
     def __init__(self, connection: "Redis"):
         self.connection = connection
@@ -37,6 +37,8 @@ class Reporter:
         self, generation: str, name: str, data: dict[str, Any] | None = None, ttl: timedelta = events.FORGOTTEN_AFTER
     ) -> None:
         self.reports.put(Report(generation, name, data or {}, ttl))
+        if name != "progress":  # something to look at
+            self.urgent.set()
 
     def catch_up(self, seconds: float = 1.0) -> None:
         """Wait until all that was reported before is written, or lost; no longer than this, and Redis may be away."""
