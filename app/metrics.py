@@ -48,7 +48,7 @@ MODEL_LOAD = Gauge("darkroom_model_load_seconds", "Loading and warming up", ["mo
 MEMORY = Gauge("darkroom_resident_bytes", "Weights of the models that workers hold", multiprocess_mode="livesum")
 PASS = Gauge(
     "darkroom_pass_seconds",
-    "How long a pass of so many rows took at warm-up: the curve that the batch width follows from",
+    "How long a pass of so many rows took at warm-up, or would by the line through those that were run",
     ["model", "net", "rows"],
     multiprocess_mode="max",
 )

@@ -66,6 +66,16 @@ def test_models_get_the_same_time_whatever_their_passes_take():
     assert seconds["slow"] == pytest.approx(seconds["quick"], abs=1)
 
 
+@pytest.mark.parametrize(("took", "turns"), [(0.01, "aaaabbbbaaaa"), (0.3, "aabbaabbaabb"), (2.0, "abababababab")])
+def test_a_model_keeps_its_turn_for_four_passes_or_half_a_second(took: float, turns: str):
+    policy, seen = Policy(), ""
+    for _ in turns:
+        (one,) = policy.turn([One("a", account="a"), One("b", account="b")])
+        policy.charge(one.account, took)
+        seen += one.name
+    assert seen == turns
+
+
 def test_a_model_that_comes_back_has_saved_up_nothing():
     policy, turns = Policy(), list[str]()
     for _ in range(50):

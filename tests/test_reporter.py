@@ -21,17 +21,19 @@ def told(connection: "Redis", generation: str = "g") -> list[Event]:
     return parse(connection.xrange(stream(generation)))
 
 
-def test_of_many_steps_some_are_told_and_the_newest_always(reporter: Reporter, connection: "Redis"):
+def test_of_the_steps_of_a_while_the_newest_is_told(
+    reporter: Reporter, connection: "Redis", monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("workers.reporter.PAUSE", 600)
     for step in range(1, 101):
         for generation in ("g", "h"):
             reporter.report(generation, "progress", {"step": step, "steps": 100})
-        time.sleep(0.005)
+        time.sleep(0.001)
     reporter.catch_up()
     for generation in ("g", "h"):
         steps = [event.data["step"] for event in told(connection, generation)]
-        assert steps == sorted(set(steps))
         assert steps[-1] == 100
-        assert 2 <= len(steps) <= 10
+        assert len(steps) <= 2  # what came first, and the newest when somebody waited for it
 
 
 def test_what_comes_after_silence_is_told_at_once(reporter: Reporter, connection: "Redis"):

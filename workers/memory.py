@@ -2,12 +2,9 @@
 
 import ctypes
 
-MIB = 1024 * 1024
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of <malloc.h>
-KEPT = 1024 * MIB  # of memory that is free at the end of the heap
-ON_ITS_OWN = (
-    32 * MIB
-)  # what is as large is mapped, and unmapped when it is freed: the most that glibc lets be asked for
+KEPT = 2**30  # bytes of memory that is free at the end of the heap
+ON_ITS_OWN = 2**25  # bytes: what is as large is mapped, and unmapped when it is freed; glibc allows no more
 
 
 def keep() -> bool:

@@ -25,7 +25,8 @@ class Waits(Protocol):
 W = TypeVar("W", bound=Waits)
 
 CLOSE_TO_PEAK = 0.98  # a wider pass than this needs buys next to no throughput
-TURN = 4, 0.5  # passes of a model, and seconds of the device, after which another may have its turn
+TURN_PASSES = 4  # of a model, after which another may have its turn
+TURN_SECONDS = 0.5  # of the device, likewise: a pass of a video may take longer than that
 STILL_TO_COME = 8  # times: how much more those who are not here yet care for throughput than those who are
 
 
@@ -42,7 +43,8 @@ class Policy:
     def __init__(self) -> None:
         self.spent: dict[str, float] = {}  # seconds of the device, of each account that has calls waiting
         self.passes = Counter[str]()  # of each account
-        self.whose, self.ends = "", (0, 0.0)  # the account whose turn it is; at so many passes or seconds of it
+        self.whose = ""  # the account whose turn it is
+        self.began = 0, 0.0  # its passes and seconds when that began
 
     def turn(self, waiting: Sequence[W]) -> list[W]:
         """Of those who wait, in the order of their calls: who may share the next pass, in the order to be let in."""
@@ -50,7 +52,7 @@ class Policy:
         self.spent = {one.account: self.spent.get(one.account, least) for one in waiting}  # who comes back starts even
         if self.whose not in self.spent or self._is_over():
             self.whose = min(self.spent, key=self.spent.__getitem__)
-            self.ends = self.passes[self.whose] + TURN[0], self.spent[self.whose] + TURN[1]
+            self.began = self.passes[self.whose], self.spent[self.whose]
         own = [one for one in waiting if one.account == self.whose]
         self.passes[self.whose] += 1
         by_age = self.passes[self.whose] % 2 == 0
@@ -59,7 +61,8 @@ class Policy:
         return [first, *sorted(others, key=nearly_done)]
 
     def _is_over(self) -> bool:
-        return self.passes[self.whose] >= self.ends[0] or self.spent[self.whose] >= self.ends[1]
+        passes, seconds = self.began
+        return self.passes[self.whose] - passes >= TURN_PASSES or self.spent[self.whose] - seconds >= TURN_SECONDS
 
     def charge(self, account: str, seconds: float) -> None:
         """After a pass."""

@@ -64,7 +64,7 @@ class Reporter:
                 if isinstance(waiter, threading.Event):
                     waiter.set()
             last = None in came
-            self.urgent.wait(0 if last else PAUSE)
+            self.urgent.wait(PAUSE)
             self.urgent.clear()
 
     def _send(self, batch: list[Report]) -> None:

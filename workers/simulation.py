@@ -96,8 +96,8 @@ def passes(
                 waiting.append(one)
         order = policy.turn(waiting)
         model = order[0].account
-        curve = {rows: seconds for rows, seconds in curves[model].items() if rows <= widths[model]}
-        chosen = fitting(order, width(curve, held(model)))
+        to_be_had = {rows: seconds for rows, seconds in curves[model].items() if rows <= widths[model]}
+        chosen = fitting(order, width(to_be_had, held(model)))
         curve, rows = curves[model], sum(one.rows for one in chosen)
         took = curve[min((bucket for bucket in curve if bucket >= rows), default=max(curve))] * chosen[0].size
         now += took
@@ -146,7 +146,7 @@ POLICIES: Mapping[str, tuple[type[Policy], float, Width]] = {  # policy, passes 
     "holding 1": (Policy, 1.0, worthwhile),
     "holding 2": (Policy, 2.0, worthwhile),
     "holding 4": (Policy, 4.0, worthwhile),
-    "full width": (Policy, 2.0, lambda curve, _: max(curve)),
+    "full width": (Policy, 2.0, lambda to_be_had, _: max(to_be_had)),
 }
 
 
